@@ -1,0 +1,60 @@
+# Set up and run; needs python3.11, make and git, nothing else.
+PYTHON ?= python3.11
+INSTALLER ?= uv
+VENV := .venv
+STAMP := $(VENV)/.installed
+LOCK := requirements.lock
+
+# uv does not read pip's settings, and without the folder of wheels that pip is told to look in
+# it may pick another build of torch than pip would.
+PIP_LINKS = $${PIP_FIND_LINKS:-$$($(VENV)/bin/pip config get global.find-links 2>/dev/null)}
+FIND_LINKS = $$(echo $${UV_FIND_LINKS:-$(PIP_LINKS)} | tr ' ' ',')
+
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+# Importing torch, lightning and transformers uncached costs 8 s more in every process.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-short test lint check lock clean
+
+help:                ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP)      ## .venv with the locked versions (INSTALLER=pip: without uv)
+
+$(STAMP): pyproject.toml $(LOCK)
+	$(PYTHON) -m venv $(VENV)
+	@if [ "$(INSTALLER)" = uv ] \
+	  && $(VENV)/bin/pip install -q -c $(LOCK) uv \
+	  && UV_FIND_LINKS="$(FIND_LINKS)" \
+	    $(VENV)/bin/uv pip install -q -p $(VENV) -c $(LOCK) -e '.[dev]'; \
+	then echo "installed with uv"; \
+	else echo "installing with pip"; $(VENV)/bin/pip install -q -c $(LOCK) -e '.[dev]'; fi
+	@touch $@
+
+demo: $(STAMP)       ## post-train the small model for minutes, write a page of results
+	$(VENV)/bin/python train.py experiment=demo
+	@echo "open runs/demo/report.html"
+
+demo-short: $(STAMP) ## the same path in a few steps, for CI
+	rm -rf runs/demo-short
+	$(VENV)/bin/python train.py experiment=demo name=demo-short trainer.max_steps=20
+
+test: $(STAMP)       ## the tests, on CPU and without network (ARGS: passed to pytest)
+	$(VENV)/bin/pytest -q $(ARGS)
+
+lint: $(STAMP)       ## ruff and pyright
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+check: lint test     ## lint, types, tests
+
+lock: $(STAMP)       ## pin what pyproject.toml newly asks for (ARGS=--upgrade: newest of all)
+	echo uv | $(VENV)/bin/uv pip compile -q --all-extras --python-version 3.11 --no-header \
+	  --annotation-style line $(ARGS) -o $(LOCK) pyproject.toml -
+
+clean:               ## remove the environment and all caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

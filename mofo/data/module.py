@@ -1,0 +1,105 @@
+"""`DataModule`: the training data as Lightning wants it. Its whole state is one integer."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import lightning as L
+
+from mofo.data.loader import Faults, Source, Steps, TrainingSet
+from mofo.data.make import make
+
+log = logging.getLogger(__name__)
+
+
+class DataModule(L.LightningDataModule):
+    """A weighted mixture of sources, as endless micro-batches of this rank.
+
+    `batch_size` counts the samples of one optimiser step, over all ranks and micro-batches; a step
+    takes `accumulate` micro-batches a rank. `size` is (h, w) in pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Mapping[str, Mapping[str, Any]],
+        batch_size: int,
+        size: Sequence[int],
+        patch: int,
+        caption_dropout: float,
+        seed: int,
+        accumulate: int = 1,
+        num_workers: int = 0,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        super().__init__()
+        h, w = size
+        if h % patch or w % patch or h < patch or w < patch:
+            raise ValueError(
+                f"image is {h}x{w}, but both sides must be multiples of {patch}; change data.size"
+            )
+        if not 0 <= max_bad_fraction < 1:
+            raise ValueError(
+                f"max_bad_fraction is {max_bad_fraction}, but must be in [0, 1): the part of a "
+                "source that may be damaged"
+            )
+        if not sources:
+            raise ValueError("there are no sources; give data.sources at least one row")
+        self.sources = {name: _source(name, row) for name, row in sources.items()}
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.size, self.patch = (h, w), patch
+        self.caption_dropout, self.seed = caption_dropout, seed
+        self.num_workers, self.max_bad_fraction = num_workers, max_bad_fraction
+        self.samples_seen = 0
+        self.faults: Faults | None = None
+
+    def prepare_data(self) -> None:
+        for source in self.sources.values():
+            if source.make is not None:
+                make(source.shards, **source.make)
+
+    def train_dataloader(self) -> Steps:
+        rows = TrainingSet(
+            self.sources,
+            size=self.size,
+            caption_dropout=self.caption_dropout,
+            seed=self.seed,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+        # The workers count what each of them meets, this process what all of them met.
+        self.faults = Faults(rows.sizes, self.max_bad_fraction)
+        return Steps(
+            rows=rows,
+            start=lambda: self.samples_seen,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=self.trainer.world_size if self.trainer else 1,
+            patch=self.patch,
+            num_workers=self.num_workers,
+            faults=self.faults,
+        )
+
+    def advance(self, samples: int) -> None:
+        """Say that `samples` more of the global order were trained on: `batch_size` a step."""
+        self.samples_seen += samples
+
+    def state_dict(self) -> dict[str, int]:
+        return {"samples_seen": self.samples_seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.samples_seen = state_dict["samples_seen"]
+
+    def teardown(self, stage: str) -> None:
+        if self.faults is not None:
+            log.info("%d damaged samples were skipped", len(self.faults.met))
+
+
+def _source(name: str, row: Mapping[str, Any]) -> Source:
+    accepted = [field.name for field in fields(Source)]
+    if unknown := sorted(set(row) - set(accepted)):
+        raise ValueError(f"source {name!r} has the keys {unknown}, but accepted are {accepted}")
+    if "shards" not in row:
+        raise ValueError(f"source {name!r} has no shards; say in which folder they are")
+    return Source(**{**row, "patterns": tuple(row.get("patterns", Source.patterns))})

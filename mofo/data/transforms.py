@@ -1,0 +1,164 @@
+"""Paired transforms of a sample: they move and drop depth, and never invent it.
+
+After any of them each measured pixel holds one of the depths measured before. Pixel centres are at
+half-integers: pixel (row i, column j) covers [i, i + 1) x [j, j + 1), so resizing by s multiplies
+fx, fy, cx and cy by s. Captions stay as they are, so a source may only be flipped if its captions
+have no left or right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64, UInt8
+from PIL import Image
+
+from mofo.data.sample import Sample
+from mofo.data.sparsity import sparsify
+
+# Weights of red, green and blue in perceived brightness (ITU-R BT.601).
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+class Box(NamedTuple):
+    """A rectangle of whole pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def largest_box(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest rectangle in `shape` with the aspect of `size`."""
+    h, w = shape
+    if h * size[1] > w * size[0]:
+        return max(1, round(w * size[0] / size[1])), w
+    return h, max(1, round(h * size[1] / size[0]))
+
+
+def centre_box(shape: tuple[int, int], size: tuple[int, int]) -> Box:
+    """The largest rectangle in the middle with the aspect of `size`."""
+    height, width = largest_box(shape, size)
+    return Box((shape[0] - height) // 2, (shape[1] - width) // 2, height, width)
+
+
+def random_box(
+    shape: tuple[int, int], size: tuple[int, int], rng: np.random.Generator, *, min_area: float
+) -> Box:
+    """A rectangle anywhere with the aspect of `size`, of at least `min_area` of the largest one."""
+    side = np.sqrt(rng.uniform(min_area, 1.0))
+    height, width = (max(1, round(side * full)) for full in largest_box(shape, size))
+    top = rng.integers(shape[0] - height + 1)
+    left = rng.integers(shape[1] - width + 1)
+    return Box(int(top), int(left), height, width)
+
+
+def crop_resize(sample: Sample, box: Box, size: tuple[int, int]) -> Sample:
+    """Cut out `box` and bring it to `size`: the image filtered, depth by `nearest_measured`."""
+    top, left, height, width = box
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    image = sample.image[rows, columns]
+    if (height, width) != size:
+        image = Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS)
+    metres = valid = intrinsics = None
+    if sample.metres is not None:
+        metres, valid = nearest_measured(
+            sample.metres[rows, columns], sample.valid[rows, columns], size
+        )
+    if sample.intrinsics is not None:
+        scale_y, scale_x = size[0] / height, size[1] / width
+        shift = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]], np.float64)
+        intrinsics = np.diag([scale_x, scale_y, 1.0]) @ shift @ sample.intrinsics
+    return replace(
+        sample,
+        image=np.array(image),
+        metres=metres,
+        valid=valid,
+        intrinsics=intrinsics,
+        image_bytes=None,
+    )
+
+
+def nearest_measured(
+    metres: Float32[np.ndarray, "h w"], valid: Bool[np.ndarray, "h w"], size: tuple[int, int]
+) -> tuple[Float32[np.ndarray, "h2 w2"], Bool[np.ndarray, "h2 w2"]]:
+    """Depth on a grid of `size`: the measured pixel nearest to the centre of each cell.
+
+    Only pixels whose centre lies in the cell count; a cell without one is not measured.
+    """
+    if metres.shape == size:
+        return np.where(valid, metres, 0), valid
+    first_y, count_y, centre_y = _cells(metres.shape[0], size[0])
+    first_x, count_x, centre_x = _cells(metres.shape[1], size[1])
+    best = np.full(size, np.inf)
+    out = np.zeros(size, np.float32)
+    for step_y in range(count_y.max()):
+        y = np.minimum(first_y + step_y, metres.shape[0] - 1)
+        square_y = np.where(step_y < count_y, (y + 0.5 - centre_y) ** 2, np.inf)
+        for step_x in range(count_x.max()):
+            x = np.minimum(first_x + step_x, metres.shape[1] - 1)
+            square_x = np.where(step_x < count_x, (x + 0.5 - centre_x) ** 2, np.inf)
+            at = np.ix_(y, x)
+            distance = np.where(valid[at], square_y[:, None] + square_x, np.inf)
+            nearer = distance < best
+            best = np.where(nearer, distance, best)
+            out = np.where(nearer, metres[at], out)
+    return out, np.isfinite(best)
+
+
+def _cells(
+    pixels: int, cells: int
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], np.ndarray]:
+    """Of each cell along one side: its first pixel, how many pixels, its centre in pixels."""
+    edges = np.arange(cells + 1)
+    # Pixel y lies in cell c if c / cells <= (y + 1/2) / pixels < (c + 1) / cells, in whole numbers.
+    firsts = -((cells - 2 * edges * pixels) // (2 * cells))
+    centres = (edges[:-1] + 0.5) * pixels / cells
+    return firsts[:-1], np.diff(firsts), centres
+
+
+def flip(sample: Sample) -> Sample:
+    """The mirror image, left and right exchanged."""
+    intrinsics = sample.intrinsics
+    if intrinsics is not None:
+        mirror = np.array([[-1, 0, sample.image.shape[1]], [0, 1, 0], [0, 0, 1]], np.float64)
+        # The camera's x axis turns around as well, so that fx stays positive.
+        intrinsics = mirror @ intrinsics @ np.diag([-1.0, 1.0, 1.0])
+    mirrored = {
+        name: np.ascontiguousarray(array[:, ::-1])
+        for name in ("image", "metres", "valid")
+        if (array := getattr(sample, name)) is not None
+    }
+    return replace(sample, **mirrored, intrinsics=intrinsics, image_bytes=None)
+
+
+def thin(
+    sample: Sample, patterns: Sequence[str], max_kept: float, rng: np.random.Generator
+) -> Sample:
+    """Keep only the measurements that a sensor would have made, one of `patterns` at random.
+
+    At most `max_kept` of the image's pixels stay measured.
+    """
+    if sample.valid is None or not sample.valid.any():
+        return sample
+    pattern = patterns[rng.integers(len(patterns))]
+    kept = sparsify(
+        sample.image, sample.metres, sample.valid, pattern=pattern, max_kept=max_kept, rng=rng
+    )
+    kept = kept & sample.valid
+    return replace(sample, metres=np.where(kept, sample.metres, np.float32(0)), valid=kept)
+
+
+def jitter(
+    image: UInt8[np.ndarray, "h w 3"], strength: float, rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Brightness, contrast and saturation each times a factor in 1 +- `strength`."""
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
+    pixels = image.astype(np.float32) * np.float32(brightness)
+    grey = (pixels @ LUMA)[..., None]
+    pixels = grey + (pixels - grey) * np.float32(saturation)
+    middle = grey.mean()
+    pixels = middle + (pixels - middle) * np.float32(contrast)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

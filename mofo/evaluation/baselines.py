@@ -1,0 +1,44 @@
+"""What a model must beat: predictors that do not look at the image."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from mofo.data.sample import Sample
+from mofo.evaluation.run import Predictor
+
+
+def constant(images: list[np.ndarray], keys: list[str]) -> list[np.ndarray]:
+    """The same depth everywhere."""
+    return [np.ones(image.shape[:2]) for image in images]
+
+
+def mean_map(samples: Iterable[Sample], side: int = 64) -> Predictor:
+    """Each pixel's mean over the training set of unit-mean depth, resized to the image.
+
+    Only measured pixels enter, binned into a side x side grid and averaged per image first, so that
+    large or dense images weigh no more. A cell that no image measured predicts the mean, 1.
+    """
+    total, count = np.zeros((side, side)), np.zeros((side, side))
+    for sample in samples:
+        if sample.metres is None or sample.valid is None or not sample.valid.any():
+            continue
+        h, w = sample.valid.shape
+        row, column = np.nonzero(sample.valid)
+        depth = sample.metres[row, column].astype(np.float64)
+        cell = (row * side // h) * side + column * side // w
+        hits = np.bincount(cell, minlength=side * side).reshape(side, side)
+        sums = np.bincount(cell, depth / depth.mean(), side * side).reshape(side, side)
+        total += sums / np.maximum(hits, 1)
+        count += hits > 0
+    if not count.any():
+        raise ValueError("the training set has no measured depth, so there is no mean map")
+    mean = np.where(count > 0, total / np.maximum(count, 1), 1.0).astype(np.float32)
+
+    def predict(images: list[np.ndarray], keys: list[str]) -> list[np.ndarray]:
+        sizes = [(image.shape[1], image.shape[0]) for image in images]
+        resize = Image.fromarray(mean).resize
+        return [np.asarray(resize(size, Image.Resampling.BILINEAR)) for size in sizes]
+
+    return predict

@@ -1,0 +1,68 @@
+"""Networks that never learn: `Encoders` and `Teacher`.
+
+Plain holders, not modules: they stay out of checkpoints, optimiser, `.train()` and `.to()` of
+whoever holds them, and move to the device of what they are given.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mofo.model import autoencoder as autoencoders
+from mofo.model import text as texts
+from mofo.model.dit import ThreeStreamDiT
+
+
+class Encoders:
+    """Captions -> text tokens, images <-> image tokens.
+
+    `text` and `autoencoder` are paths, or "small" for the shipped ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        text: str,
+        autoencoder: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.name = str(text)
+        self.text_encoder = texts.load(text, device=device, dtype=dtype)
+        self.autoencoder = autoencoders.load(autoencoder, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def text(self, captions: list[str]) -> Float[Tensor, "b lt c"]:
+        return self.text_encoder.encode(captions)
+
+    @torch.no_grad()
+    def image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l c"]:
+        return self.autoencoder.encode(images)
+
+    @torch.no_grad()
+    def pixels(
+        self, tokens: Float[Tensor, "b l c"], grid: tuple[int, int]
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Decode image tokens; values are clamped to [-1, 1]."""
+        return self.autoencoder.decode(tokens, grid=grid).clamp(-1, 1)
+
+
+class Teacher:
+    """The text-to-image model as it was before post-training: the velocity to stay close to."""
+
+    def __init__(self, dit: ThreeStreamDiT) -> None:
+        self.dit = dit.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        text: Float[Tensor, "b lt c"],
+        image_t: Float[Tensor, "b l c"],
+        t_image: Float[Tensor, "b"],
+        *,
+        grid: tuple[int, int],
+    ) -> Float[Tensor, "b l c"]:
+        if self.dit.img_in.weight.device != image_t.device:
+            self.dit.to(image_t.device)
+        v_image, _ = self.dit(text, image_t, None, t_image, None, grid=grid)
+        return v_image.float()

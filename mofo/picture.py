@@ -65,6 +65,11 @@ def error_picture(
     return _masked(magma(np.where(valid, error, 0.0) / worst), valid)
 
 
+def from_unit(image: Float[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture of values in [-1, 1], channels first, as the networks have them."""
+    return ((image.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
+
+
 def enlarge(image: Picture, factor: int) -> UInt8[np.ndarray, "hf wf 3"]:
     """Each pixel becomes factor x factor pixels: small pictures stay sharp."""
     return image.repeat(factor, axis=0).repeat(factor, axis=1)

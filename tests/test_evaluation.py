@@ -4,17 +4,18 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mofo.data import shards
 from mofo.data.sample import Sample
-from mofo.evaluation import report as report_module
-from mofo.evaluation.baselines import constant, mean_map
+from mofo.evaluation.benchmark import Row, read_samples, training_row
 from mofo.evaluation.page import curve
+from mofo.evaluation.predictors import constant, mean_map, of_model
 from mofo.evaluation.report import report
-from mofo.evaluation.run import LINES, PICTURES, Origin, Row, origin, read_lines, read_samples, run
+from mofo.evaluation.run import LINES, PICTURES, Origin, origin, read_lines, run
 from mofo.metrics import score
 
 ORIGIN = Origin(command="python test", commit="abc", machine="one core", weights={"model": "f00d"})
@@ -222,7 +223,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch) -> None:
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         report(tmp_path, title="newer")
     assert everything(tmp_path) == before
@@ -272,6 +273,25 @@ def test_a_training_set_without_depth_has_no_mean_map() -> None:
         mean_map([sample(0, metres=None, valid=None)])
 
 
+def test_a_models_noise_follows_the_key_and_untrusted_pixels_have_no_depth() -> None:
+    asked = {}
+
+    def image_to_depth(images, *, seeds, num_steps):
+        asked.update(zip("ab"[: len(images)], seeds, strict=True), num_steps=num_steps)
+        depth = np.ones((2, 2), np.float32)
+        return [SimpleNamespace(depth=depth, valid=depth > image[0, 0, 0]) for image in images]
+
+    predict = of_model(image_to_depth, num_steps=4, seed=0)
+    images = [np.full((2, 2, 3), grey, np.uint8) for grey in (0, 9)]
+    first, second = predict(images, ["one", "two"])
+    assert (first == 1).all()
+    assert np.isnan(second).all()
+    together = dict(asked)
+    predict(images[1:], ["two"])
+    assert asked["a"] == together["b"] != together["a"]
+    assert asked["num_steps"] == 4
+
+
 def test_a_row_reads_its_keys_cropped_to_its_size(tmp_path) -> None:
     shards.write(SAMPLES, tmp_path / "set", "set")
     (tmp_path / "keys.txt").write_text("image_5\nimage_1\n")
@@ -290,7 +310,24 @@ def test_a_row_reads_its_keys_cropped_to_its_size(tmp_path) -> None:
 
 
 def test_origin_hashes_the_weights(tmp_path) -> None:
+    with pytest.raises(ValueError, match="has no model"):
+        origin({"model": tmp_path})
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    made = origin({"model": tmp_path / "model.safetensors"})
+    made = origin({"model": tmp_path})
     assert made.weights == {"model": hashlib.sha256(b"weights").hexdigest()[:16]}
     assert made.command.startswith("python ")
+
+
+def test_a_training_set_is_read_whole_at_the_size_of_its_benchmark() -> None:
+    row = Row(name="rooms", shards="test", keys="k", limit=3, size=[8, 8], training={"shards": "t"})
+    assert training_row(row) == Row(name="rooms", shards="t", size=[8, 8])
+    assert training_row(ROW) is None
+
+
+def test_a_picture_has_the_attribution_its_licensor_asks_for(tmp_path) -> None:
+    licence = "CC BY-SA 4.0, (c) Zenseact AB. A notice that travels with every copy."
+    go(tmp_path, [sample(3, licence=licence)])
+    report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "Zenseact Open Dataset, (c) Zenseact AB, CC BY-SA 4.0" in page
+    assert "A notice that travels with every copy." in page

@@ -6,12 +6,17 @@ pure function of (seed, position): a damaged sample is replaced by the next read
 epoch of its source.
 """
 
+import atexit
 import logging
+import os
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from multiprocessing import Event
+from multiprocessing.synchronize import Event as EventType
 from typing import NamedTuple
 
 import numpy as np
@@ -110,6 +115,9 @@ class Row(NamedTuple):
     faults: list[Fault]
 
 
+Part = tuple[Batch, list[Fault]]
+
+
 class TrainingSet(Dataset[Row]):
     """Map-style view of the weighted mixture of `sources`, indexed by position in the order."""
 
@@ -200,24 +208,35 @@ class Steps:
             )
 
     def __iter__(self) -> Iterator[Batch]:
+        leaving = Event()
+        atexit.register(leaving.set)
         loader = DataLoader(
             self.rows,
             batch_sampler=self._positions(self.start()),
             num_workers=self.num_workers,
             collate_fn=partial(collate, patch=self.patch),
-            worker_init_fn=ignore_job_signals,
+            worker_init_fn=partial(ignore_job_signals, leaving=leaving),
             # Without a generator the loader would draw from the global one.
             generator=torch.Generator(),
         )
         parts = iter(loader)
-        while step := list(islice(parts, self.accumulate)):
-            for fault in (fault for _, faults in step for fault in faults):
-                if self.faults.add(fault):
-                    log.warning("skipped a damaged sample (%d so far): %s: %s: %s: %s",
-                                len(self.faults.met), *fault)  # fmt: skip
-            measured = sum(int(batch.valid.sum()) for batch, _ in step)
-            for batch, _ in step:
-                yield replace(batch, step_measured=measured)
+        try:
+            while step := list(islice(parts, self.accumulate)):
+                for fault in (fault for _, faults in step for fault in faults):
+                    if self.faults.add(fault):
+                        number = len(self.faults.met)
+                        log.warning("damaged sample %d skipped: %s", number, ": ".join(fault))
+                measured = sum(int(batch.valid.sum()) for batch, _ in step)
+                for batch, _ in step:
+                    yield replace(batch, step_measured=measured)
+        except ValueError as error:
+            failure = str(error)
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            # The last reference to this ends the workers, so no traceback may hold one: the
+            # collector of cycles closes their queues first, and they would never be told.
+            del parts
+        raise ValueError(failure)
 
     def _positions(self, start: int) -> Iterator[list[int]]:
         """Positions of this rank's micro-batches, one after the other."""
@@ -230,7 +249,7 @@ class Steps:
             start += self.batch_size
 
 
-def collate(rows: Iterable[Row], *, patch: int) -> tuple[Batch, list[Fault]]:
+def collate(rows: Iterable[Row], *, patch: int) -> Part:
     """One micro-batch, whose `step_measured` counts it alone, and the faults met on the way."""
     image, metres, valid, caption, key, position, faults = map(list, zip(*rows, strict=True))
     valid = torch.stack(valid)
@@ -247,7 +266,16 @@ def collate(rows: Iterable[Row], *, patch: int) -> tuple[Batch, list[Fault]]:
     return batch, sum(faults, [])
 
 
-def ignore_job_signals(worker: int) -> None:
-    """SLURM signals every process of a job: workers must neither die of it nor act on it."""
+def ignore_job_signals(worker: int, *, leaving: EventType) -> None:
+    """SLURM signals every process of a job: workers must neither die of it nor act on it.
+
+    Python ends its children with SIGTERM as well, when it exits, and then waits for them; so once
+    `leaving` is set they do as they are told.
+    """
+
+    def leave(*_: object) -> None:
+        if leaving.is_set():
+            os._exit(0)
+
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)

@@ -72,13 +72,12 @@ def share(weights: Sequence[float], total: int) -> list[int]:
     if len(weights) > total:
         raise ValueError(f"{len(weights)} sources, but a block has room for {total}; merge some")
     exact = np.asarray(weights, np.float64) / sum(weights) * total
-    # Rounding first keeps 0.29 * 100 = 28.999... from losing its last unit.
+    # Rounding keeps 0.29 * 100 = 28.999... from losing its last unit.
     shares = np.maximum(np.floor(exact.round(6)), 1).astype(np.int64)
-    while (rest := total - shares.sum()) != 0:
-        change = exact - shares
-        shares[np.argmax(change) if rest > 0 else np.argmin(np.where(shares > 1, change, 1))] += (
-            np.sign(rest)
-        )
+    while shares.sum() < total:
+        shares[np.argmax(exact - shares)] += 1
+    while shares.sum() > total:
+        shares[np.argmax(np.where(shares > 1, shares - exact, -np.inf))] -= 1
     return shares.tolist()
 
 

@@ -1,10 +1,12 @@
-"""Generated scenes: furnished rooms and streets with exact metric depth and a caption of what is visible.
+"""Generated scenes: rooms and streets with exact metric depth and a caption of what is visible.
 
-`generate(seed, split=..., kind=...)` is a pure function of its arguments. `split="test"` is the same world, held out:
-- seeds: the splits draw from different random streams, so seed 3 of one has nothing to do with seed 3 of the other;
-- layouts: an arrangement (which thing stands in which slot) belongs to one split only, by its checksum;
-- layout numbers (sizes of rooms and streets, height and direction of the camera) and texture numbers (shades of a
-  colour, periods of a pattern) come from the comb of `Draw.held`: ten teeth, of which test owns two, train the others.
+`generate(seed, split=..., kind=...)` is a pure function of its arguments. `split="test"` is the
+same world, held out:
+- seeds: the splits draw from different random streams, so seed 3 of one is not seed 3 of the other;
+- layouts: an arrangement (which thing stands in which slot) belongs to one split, by its checksum;
+- numbers of the layout (sizes of rooms and streets, height and field of view of the camera) and of
+  the textures (shades of a colour, periods of a pattern) come from the comb of `Draw.held`: ten
+  teeth, of which test owns two and train the others.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ NEAREST = {"room": 0.5, "street": 1.5}
 SEEN_SHARE = 0.012  # of the picture that a thing must fill to be named
 SEEN_OF_ITSELF = 0.35  # of its own silhouette that must not be hidden
 AROUND_SHARE = 0.06  # of the picture that walls, floor or sky must fill to be named
-LARGEST_SHARE = 0.65  # of the picture that one thing may fill
+LARGEST_SHARE = 0.45  # of the picture that one thing may fill
 MAX_WORDS = 18
 PLURALS = {"shelf": "shelves", "box": "boxes", "bus": "buses"}
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "many")
 
 
 def generate(
@@ -43,11 +45,12 @@ def generate(
 ) -> Sample:
     """Image, z-depth, intrinsics and caption of a scene.
 
-    The sky and what lies beyond `FURTHEST` are not valid. A pixel's centre is half a pixel from its corner, so the
+    The sky and what lies beyond `FURTHEST` are not valid. Pixel centres are at halves, so the
     principal point is (w / 2, h / 2).
     """
     scene = compose(seed, split=split, kind=kind)
     camera, view = _best_view(scene, size)
+    words_rng = np.random.default_rng([len(SPLITS), SPLITS.index(split), seed])
     valid = (view.shape >= 0) & (view.metres < FURTHEST)
     return Sample(
         key=f"{scene.kind}-{split}-{seed:08d}",
@@ -55,9 +58,7 @@ def generate(
         metres=np.where(valid, view.metres, np.float32(0)),
         valid=valid,
         intrinsics=camera.intrinsics(size),
-        caption=describe(
-            scene, view, np.random.default_rng([len(SPLITS), SPLITS.index(split), seed])
-        ),
+        caption=describe(scene, view, words_rng),
         metric=True,
         source="scenes",
         licence="Apache-2.0",
@@ -98,7 +99,7 @@ def visible(scene: Scene, view: View) -> list[Thing]:
 
 
 def describe(scene: Scene, view: View, rng: np.random.Generator) -> str:
-    """One sentence of at most `MAX_WORDS` words, the largest things of all, in one of several orders."""
+    """One sentence of at most `MAX_WORDS` words, in one of three orders."""
     counts: dict[Thing, int] = {}
     for thing in visible(scene, view):
         counts[thing] = counts.get(thing, 0) + 1
@@ -139,7 +140,7 @@ def _best_view(scene: Scene, size: tuple[int, int]) -> tuple[Camera, View]:
 
 
 def _quality(scene: Scene, view: View) -> float:
-    """1 for a picture worth keeping: nothing right before the lens, nothing fills it, something can be named."""
+    """1 for a picture worth keeping: nothing is too near or fills it, something can be named."""
     hit = view.shape >= 0
     if hit.mean() < 0.3:
         return 0.0

@@ -12,10 +12,8 @@ import os
 import struct
 import tarfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from glob import glob
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mofo.data.order import Recent
 from mofo.data.sample import Sample, choose_depth_scale, decode_depth, decode_image, encode_depth
 
 FORMAT = 1
@@ -34,7 +33,9 @@ MAX_OPEN = 64  # shards a process holds open
 # What decoders raise when they are given damaged bytes.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, struct.error, zlib.error)
 
-Members = dict[str, list[int]]  # extension -> offset, size, crc32 (no crc32 if read off the tar)
+# Of each sample its key and {extension: [offset, size, crc32]}, lists because JSON has no tuples;
+# without crc32 where it was read off the tar itself.
+Index = list[list[str | dict[str, list[int]]]]
 
 
 class DamagedSample(ValueError):
@@ -152,7 +153,10 @@ def _encode(sample: Sample) -> dict[str, bytes]:
     scale = None
     if sample.metres is not None:
         scale = sample.depth_scale or choose_depth_scale(sample.metres, sample.valid)
-        members["depth.png"] = encode_depth(sample.metres, sample.valid, scale)
+        try:
+            members["depth.png"] = encode_depth(sample.metres, sample.valid, scale)
+        except ValueError as error:
+            raise ValueError(f"{sample.key}: {error}") from error
     row = {
         "format": FORMAT,
         "caption": sample.caption,
@@ -197,45 +201,40 @@ class Shards:
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if not len(self):
             raise ValueError(f"no samples in {source}; check the path")
+        # Files that are dropped from here close themselves.
+        self._files = Recent(self._open, size=MAX_OPEN)
+        self._indices = Recent(self._index, size=MAX_OPEN)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_opened"}
+    def __reduce__(self) -> tuple:
+        return Shards, (self.source,)
 
-    @cached_property
-    def _opened(self) -> OrderedDict[tuple[int, int], tuple[BinaryIO, list]]:
-        return OrderedDict()
+    def _open(self, process: int, shard: int) -> BinaryIO:
+        return open(self.paths[shard], "rb")
 
-    def _open(self, shard: int) -> tuple[BinaryIO, list[tuple[str, Members]]]:
-        """File and index of a shard, kept open until MAX_OPEN others are."""
-        # A descriptor that was inherited by a fork would still be fine to pread from, but the
-        # process that opened it may close it meanwhile; so each process opens its own.
-        mark = (os.getpid(), shard)
-        if mark not in self._opened:
-            path = self.paths[shard]
-            self._opened[mark] = (open(path, "rb"), _load_index(path))  # noqa: SIM115
-            if len(self._opened) > MAX_OPEN:
-                self._opened.popitem(last=False)[1][0].close()
-        self._opened.move_to_end(mark)
-        return self._opened[mark]
+    def _index(self, shard: int) -> Index:
+        return _load_index(self.paths[shard])
 
     def read(self, index: int) -> Sample:
         """Sample `index` of the set; raises DamagedSample if it cannot be had as it was written."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.source}")
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        name, key = self.paths[shard].name, f"#{index - self.starts[shard]}"
+        row = index - int(self.starts[shard])
+        key = f"#{row}"
         try:
-            file, samples = self._open(shard)
-            row = index - int(self.starts[shard])
+            samples = self._indices[shard,]
             if row >= len(samples):
                 raise ValueError(f"the shard ends after {len(samples)} samples")
             key, members = samples[row]
+            # A file that was open before a fork is opened again: its first owner may close it.
+            file = self._files[os.getpid(), shard]
             return _decode(key, {ext: _pread(file, *span) for ext, span in members.items()})
         except DAMAGE as error:
-            raise DamagedSample(name, key, f"{type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise DamagedSample(self.paths[shard].name, key, reason) from error
 
 
 def _pread(file: BinaryIO, offset: int, size: int, crc: int | None = None) -> bytes:
@@ -272,16 +271,18 @@ def _index_path(path: Path) -> Path:
     return path.with_suffix(".idx.json")
 
 
-def _load_index(path: Path) -> list[tuple[str, Members]]:
+def _load_index(path: Path) -> Index:
     """The sidecar if it is there and whole, else what the tar's headers say."""
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads(_index_path(path).read_text())["samples"]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        samples = json.loads(_index_path(path).read_text())["samples"]
+        if isinstance(samples, list):
+            return samples
     return _scan(path)
 
 
-def _scan(path: Path) -> list[list]:
+def _scan(path: Path) -> Index:
     """Keys and spans off the tar's own headers, as far as they are intact."""
-    samples: list[list] = []
+    samples: Index = []
     with suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
         for member in tar:
             if not member.isreg():

@@ -14,8 +14,8 @@ Image = UInt8[np.ndarray, "h w 3"]
 Metres = Float32[np.ndarray, "h w"]
 Mask = Bool[np.ndarray, "h w"]
 
-# A jump of depth between neighbours, as a share of it, where a structured-light camera fails.
-EDGE = 0.1
+# A jump of inverse depth between neighbours, as a share of it, where a depth camera fails.
+EDGE = 0.05
 
 
 def sparsify(
@@ -95,9 +95,12 @@ def sfm(image: Image, metres: Metres, valid: Mask, rng: np.random.Generator) -> 
 
 def rgbd(image: Image, metres: Metres, valid: Mask, rng: np.random.Generator) -> Mask:
     """A depth camera's holes: depth edges, far range, dark and shiny pixels, random blobs."""
-    nearest = _lowest(np.where(valid, metres, np.inf))
-    furthest = _highest(np.where(valid, metres, 0))
-    edge = furthest - nearest > EDGE * metres
+    # Inverse depth is affine over a plane, however slanted: what bends it is an edge.
+    inverse = 1 / np.where(valid, metres, np.inf)
+    bend = np.zeros_like(inverse)
+    bend[1:-1] = np.abs(np.diff(inverse, 2, axis=0))
+    bend[:, 1:-1] = np.maximum(bend[:, 1:-1], np.abs(np.diff(inverse, 2, axis=1)))
+    edge = bend > EDGE * inverse
     beside_unknown = _highest(~valid)
     dark = image.mean(-1) < rng.uniform(15, 45)
     shiny = image.min(-1) > rng.uniform(235, 255)

@@ -74,7 +74,8 @@ footer dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;marg
 footer dd{margin:0} code{font:.84rem ui-monospace,"Liberation Mono",Menlo,monospace}
 @media(max-width:640px){body{padding:1.5rem 1rem 3rem}h1{font-size:1.5rem}
 .figures{grid-template-columns:1fr 1fr}
-.wide{grid-template-columns:1fr}.tiles{grid-template-columns:1fr 1fr}}
+.wide{grid-template-columns:1fr}td:first-child{white-space:normal;min-width:6rem}
+.tag{margin-left:0;display:inline-block}.tiles{grid-template-columns:1fr 1fr}}
 """
 
 
@@ -93,7 +94,7 @@ def html_page(
     for name, content, caption in sections:
         inner = content if isinstance(content, str) else _figures(content)
         body.append(f"<h2>{html.escape(name)}</h2><p class=soft>{html.escape(caption)}</p>{inner}")
-    body.append(_footer(made, origins))
+    body.append(_footer(made, lines, origins))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -143,9 +144,9 @@ def _axes(
         parts.append(f'<line class=axis x1="{left}" x2="{width - 12}" y1="{down}" y2="{down}"/>')
         parts.append(
             f'<text x="{left - 8}" y="{down + 4}" text-anchor=end>{value_y:.3g}</text>'
-            f'<text x="{across}" y="{height - 16}" text-anchor={anchor}>{value_x:.6g}</text>'
+            f'<text x="{across}" y="{height - 18}" text-anchor={anchor}>{value_x:.6g}</text>'
         )
-    names = f'<text x="{width - 12}" y="{height - 1}" text-anchor=end>{html.escape(x)}</text>'
+    names = f'<text x="{width - 12}" y="{height - 3}" text-anchor=end>{html.escape(x)}</text>'
     return "".join(parts) + names + f'<text x="0" y="14">{html.escape(y)}</text>'
 
 
@@ -272,7 +273,10 @@ def _figures(pictures: Iterable[tuple[Picture, str]]) -> str:
     return f'<div class="figures{kind}">{"".join(cells)}</div>'
 
 
-def _footer(made: Sequence[Table], origins: Mapping[str, Sequence[str]]) -> str:
+def _footer(
+    made: Sequence[Table], lines: Sequence[Line], origins: Mapping[str, Sequence[str]]
+) -> str:
+    """Where the numbers come from, and the licence texts that travel with the pictures."""
     weights = {e.predictor: e.weights for table in made for e in table.entries if e.weights}
     rows = [(name.capitalize(), value) for name, values in origins.items() for value in values]
     rows += [(f"Weights of {name}", f"sha256 {digest}…") for name, digest in weights.items()]
@@ -280,4 +284,9 @@ def _footer(made: Sequence[Table], origins: Mapping[str, Sequence[str]]) -> str:
         f"<dt>{html.escape(name)}<dd><code>{html.escape(value or 'unknown')}</code>"
         for name, value in rows
     )
-    return f"<footer><dl>{pairs}</dl></footer>"
+    terms = {x["credit"]: x["licence"] for x in lines if x["licence"] not in x["credit"]}
+    licences = "".join(
+        f"<p class=soft>{html.escape(credit)}: {html.escape(text)}"
+        for credit, text in terms.items()
+    )
+    return f"<footer><dl>{pairs}</dl>{licences}</footer>"

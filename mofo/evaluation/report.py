@@ -4,7 +4,6 @@ Nothing is predicted or measured here: whoever has the folder can make the repor
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from mofo.evaluation.page import Section, html_page
 from mofo.evaluation.run import read_lines
 from mofo.evaluation.tables import tables, terminal
+from mofo.model.weights import replacing
 
 
 def report(
@@ -36,20 +36,8 @@ def report(
     ]
     data = json.dumps({"title": title, **origins, "tables": rows}, indent=1, allow_nan=False)
     page = html_page(title, made, lines, origins, folder, sections)
-    # Both are complete before either is touched, so a page never stands beside older numbers.
-    _write_text(folder / "report.json", data)
-    _write_text(folder / "report.html", page)
+    # A full disk shows while writing, when neither of the old files is touched yet.
+    with replacing(folder / "report.json") as first, replacing(folder / "report.html") as second:
+        first.write_text(data, encoding="utf-8")
+        second.write_text(page, encoding="utf-8")
     return "\n\n".join(map(terminal, made)) + f"\n\n{folder / 'report.html'}"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all, whatever happens to the disk."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

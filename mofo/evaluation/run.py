@@ -1,6 +1,6 @@
 """Predict, align, score: one JSON line per (image, predictor), so that a killed run resumes.
 
-A benchmark is a `Row`: data, never code. The lines hold everything that a report says; beside them
+The lines hold everything that a report says; beside them
 lie small pictures of a few images. An image that cannot be scored gets a line with the reason: it
 is listed and never averaged.
 """
@@ -27,52 +27,21 @@ from PIL import Image
 from tqdm import tqdm
 
 from mofo.data.sample import Sample
-from mofo.data.shards import Shards
-from mofo.data.transforms import centre_box, crop_resize
-from mofo.metrics import ALIGNMENTS, align, compare
+from mofo.evaluation.benchmark import Row
+from mofo.metrics import align, compare
+from mofo.model.weights import SMALL
 from mofo.picture import Picture, depth_picture, disparity_limits, error_picture
 
 LINES = "lines.jsonl"
 PICTURES = "pictures"
 MAX_SIDE = 256  # pixels of a kept picture: a report shows it no larger
 
+# Words of attribution that a licensor asks for, by a mark of the licence text.
+ATTRIBUTION = {"Zenseact": "Zenseact Open Dataset, (c) Zenseact AB, CC BY-SA 4.0"}
+
 Line = dict[str, Any]
 # Images (h, w, 3) and their keys to depth (h, w), one each; NaN where the model gives none.
 Predictor = Callable[[list[np.ndarray], list[str]], list[np.ndarray]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One benchmark: which images, brought to which size, under which protocol.
-
-    `shards` is a folder or pattern; `keys` a text file naming the images to take, one a line.
-    `size` (height, width) is a centre crop, resized; None scores images as they are. Aligned depth
-    is clipped to [`low`, `high`].
-    """
-
-    name: str
-    shards: str = ""
-    about: str = ""
-    keys: str | None = None
-    size: list[int] | None = None
-    limit: int | None = None
-    alignment: str = "affine"
-    low: float | int | None = None
-    high: float | int | None = None
-
-    def __post_init__(self) -> None:
-        if self.alignment not in ALIGNMENTS:
-            accepted = ", ".join(ALIGNMENTS)
-            raise ValueError(
-                f"{self.name}: alignment is {self.alignment!r}, but must be one of: {accepted}"
-            )
-
-    def protocol(self) -> dict[str, Any]:
-        """All that a number depends on; `about` and `limit` may change between two starts."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
-
-
-_FREE = ("about", "limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,36 +55,27 @@ class Origin:
 
 
 def origin(weights: Mapping[str, str | Path]) -> Origin:
-    """This process's command, commit and machine, with the hash of each weights file."""
+    """This process's command, commit and machine, with the hash of each release folder."""
     return Origin(
         command=" ".join(["python", *sys.argv]),
         commit=_commit(),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        weights={name: file_hash(path) for name, path in weights.items()},
+        weights={name: weights_hash(folder) for name, folder in weights.items()},
     )
 
 
-def file_hash(path: str | Path) -> str:
-    """The first 16 hexadecimal digits of the file's sha256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def read_samples(row: Row) -> Iterator[Sample]:
-    """The samples of a row in their order on disk, cropped and resized as it says."""
-    wanted = None if row.keys is None else set(Path(row.keys).read_text().split())
-    shards, missing = Shards(row.shards), set(wanted or ())
-    samples = (shards.read(index) for index in range(len(shards)))
-    chosen = (sample for sample in samples if wanted is None or sample.key in wanted)
-    for sample in islice(chosen, row.limit):
-        missing.discard(sample.key)
-        if row.size is not None:
-            size = (row.size[0], row.size[1])
-            sample = crop_resize(sample, centre_box(sample.image.shape[:2], size), size)
-        yield sample
-    if missing and row.limit is None:
-        named = ", ".join(sorted(missing)[:10])
-        raise ValueError(f"{row.shards} lacks {len(missing)} images of {row.keys}: {named}")
+def weights_hash(folder: str | Path) -> str:
+    """16 hexadecimal digits of the sha256 of a release's network, all its shards in order."""
+    folder = SMALL if str(folder) == "small" else Path(folder)
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} has no model*.safetensors; give a release folder, or 'small'")
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def run(
@@ -199,7 +159,8 @@ def _score_batch(
                 "predictor": name,
                 "key": sample.key,
                 **_score_image(name, sample, np.asarray(pred, np.float64), row, folder),
-                "credit": ", ".join(filter(None, (sample.source, sample.licence))),
+                "credit": _credit(sample),
+                "licence": sample.licence,
                 "weights": origin.weights.get(name),
                 "row": asdict(row),
                 "command": origin.command,
@@ -242,6 +203,12 @@ def _score_image(
     pictures = picture_folder(folder, row.name, sample.key)
     _save_pictures(pictures, name, sample.image, truth, valid, depth)
     return {"metrics": metrics, **counts, "failed": None}
+
+
+def _credit(sample: Sample) -> str:
+    """What must stand beside the picture."""
+    asked = (words for mark, words in ATTRIBUTION.items() if mark in sample.licence)
+    return next(asked, ", ".join(filter(None, (sample.source, sample.licence))))
 
 
 def _save_pictures(

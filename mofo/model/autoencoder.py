@@ -9,6 +9,7 @@ diffusers' `AutoencoderKLFlux2`; files hold the original tensor names, and every
 network follows from their shapes. Tokens, and the normalisation, are float32 in any `dtype`.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -19,9 +20,11 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mofo.model import basis
+from mofo.model.basis import LappedBasis
 from mofo.model.weights import read_tensors, write_tensors
 
-NORM_GROUPS = 32  # not visible in the tensors; the FLUX.2 autoencoder's
+NORM_GROUPS = 32  # the FLUX.2 autoencoder's; no shape shows it, so other numbers go into metadata
 PATCH = 2
 ENCODER_FILE, DECODER_FILE = "ae_encoder.safetensors", "ae_decoder.safetensors"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -96,19 +99,25 @@ def create(
     blocks: int,
     latent_channels: int,
     decoder_widths: tuple[int, ...] | None = None,
+    norm_groups: int = NORM_GROUPS,
 ) -> Autoencoder:
-    """A new autoencoder; `widths` from the pixels down, `blocks` residual blocks per level."""
+    """A new autoencoder; `widths` from the pixels down, `blocks` residual blocks per level.
+
+    A group should hold several channels: normalised alone, a channel forgets how bright it was.
+    """
     from diffusers import AutoencoderKLFlux2  # seconds to import, so only where it is needed
 
     for width in {*widths, *(decoder_widths or ())}:
-        if width % NORM_GROUPS:
-            raise ValueError(f"autoencoder width {width} is not a multiple of {NORM_GROUPS}")
+        if width % norm_groups:
+            raise ValueError(
+                f"autoencoder width {width} is not a multiple of its {norm_groups} norm groups"
+            )
     network = AutoencoderKLFlux2(
         block_out_channels=widths,
         decoder_block_out_channels=decoder_widths,
         layers_per_block=blocks,
         latent_channels=latent_channels,
-        norm_num_groups=NORM_GROUPS,
+        norm_num_groups=norm_groups,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
     )
@@ -117,12 +126,14 @@ def create(
 
 def load(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Autoencoder:
+) -> "Autoencoder | LappedBasis":
     """Load a frozen autoencoder: release folder, `ae.safetensors`, diffusers folder, or "small"."""
     path = Path(str(resources.files("mofo") / "small")) if str(path) == "small" else Path(path)
-    tensors = _read(path)
+    if (path / basis.FILE).exists():
+        return basis.load(path, device)
+    tensors, norm_groups = _read(path)
     with torch.device("meta"):
-        ae = create(**_dimensions(tensors, path))
+        ae = create(**_dimensions(tensors, path), norm_groups=norm_groups)
     state = ae.network.state_dict()
     names = dict(zip(state, original(state), strict=True))
     _check(tensors, original(state), path)
@@ -146,8 +157,10 @@ def save(ae: Autoencoder, folder: str | Path) -> None:
         else:
             halves[half][rest] = tensor
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_tensors(halves["encoder"], Path(folder) / ENCODER_FILE)
-    write_tensors(halves["decoder"], Path(folder) / DECODER_FILE)
+    norm_groups = ae.network.config.norm_num_groups
+    metadata = None if norm_groups == NORM_GROUPS else {"norm_groups": str(norm_groups)}
+    write_tensors(halves["encoder"], Path(folder) / ENCODER_FILE, metadata)
+    write_tensors(halves["decoder"], Path(folder) / DECODER_FILE, metadata)
 
 
 def original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,19 +180,29 @@ def original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors at `path` under the names of the original combined file."""
+def _read(path: Path) -> tuple[dict[str, Tensor], int]:
+    """Tensors under the names of the original combined file, and the number of norm groups."""
     if (path / ENCODER_FILE).exists() or (path / DECODER_FILE).exists():
-        return _join(read_tensors(path / ENCODER_FILE), read_tensors(path / DECODER_FILE), path)
+        halves = read_tensors(path / ENCODER_FILE), read_tensors(path / DECODER_FILE)
+        return _join(*halves, path), _norm_groups(path / ENCODER_FILE)
     for folder in (path, path / "vae"):
         if (folder / DIFFUSERS_FILE).exists():
-            return original(read_tensors(folder / DIFFUSERS_FILE))
+            config = json.loads((folder / "config.json").read_text())
+            tensors = original(read_tensors(folder / DIFFUSERS_FILE))
+            return tensors, config.get("norm_num_groups", NORM_GROUPS)
     if path.is_file():
-        return read_tensors(path)
+        return read_tensors(path), _norm_groups(path)
     raise ValueError(
         f'{path} holds no autoencoder; give "small", a folder with {ENCODER_FILE} and '
         f"{DECODER_FILE}, a combined ae.safetensors, or a diffusers folder with {DIFFUSERS_FILE}"
     )
+
+
+def _norm_groups(file: Path) -> int:
+    """What the header of a safetensors file (its length in 8 bytes, then JSON) says of them."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return int(header.get("__metadata__", {}).get("norm_groups", NORM_GROUPS))
 
 
 def _join(

@@ -43,7 +43,7 @@ def position_ids(
 
 
 def rope_table(
-    ids: Float[Tensor, "l axes"], axes_dim: Sequence[int], theta: float
+    ids: Float[Tensor, "l axes"], axes_dim: Sequence[int], theta: int
 ) -> Complex[Tensor, "l half_k"]:
     """The turn of every channel pair (2i, 2i + 1) as a unit complex number, fp32."""
     angles = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import Tensor
 
 from mofo import picture
@@ -132,7 +133,8 @@ class Preview(Callback):
         self.last_step = step
         if due and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            picture.save(self.draw(trainer, pl_module), self.folder / f"step_{step:08d}.png")
+            drawn = Image.fromarray(self.draw(trainer, pl_module))
+            drawn.save(self.folder / f"step_{step:08d}.png")
 
     def draw(self, trainer: L.Trainer, pl_module: ModalityForcing):
         release = pl_module.release(averaged(trainer))
@@ -149,7 +151,7 @@ class Preview(Callback):
             num_steps=self.num_steps,
             seeds=range(len(self.captions)),
         )
-        rows = [[picture.from_batch(p) for p in encoders.pixels(image, (h, w))]]
+        rows = [[picture.from_unit(p.numpy()) for p in encoders.pixels(image, (h, w))]]
         if depth is not None:
             maps, valid = release.codec.decode(depth, grid=(h, w))
             pairs = zip(maps.numpy(), valid.numpy(), strict=True)

@@ -1,7 +1,8 @@
 """The unit solids: where a ray enters them, and what their faces look like from close by.
 
-All live in a local frame in which they fill [-1, 1]: a ball of radius 1, a box, a cylinder along y, a prism (a roof:
-its ridge along z), and a quad (y = 0). An affine map keeps the parameter t of a ray, so one test serves every size.
+All live in a local frame in which they fill [-1, 1]: a ball of radius 1, a box, a cylinder along
+y, a prism (a roof: its ridge along z), and a quad (y = 0). An affine map keeps the parameter t of
+a ray, so one test serves every size.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ ALONG_Z = np.array([[0], [0], [1]], np.float32)
 
 
 def _slab(o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where a ray is within [-1, 1]: for d = 0 everywhere or nowhere, by the rules of infinity."""
     inverse = 1 / d
-    middle, reach = -o * inverse, np.abs(inverse)
-    return middle - reach, middle + reach
+    first, second = (-1 - o) * inverse, (1 - o) * inverse
+    return np.minimum(first, second), np.maximum(first, second)
 
 
 def _finish(enter: np.ndarray, leave: np.ndarray) -> np.ndarray:
@@ -79,7 +81,7 @@ MEET = {
 def face(
     form: str, half: tuple[float, float, float], local: Float32[np.ndarray, "3 n"]
 ) -> tuple[Float32[np.ndarray, "3 n"], Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
-    """Local normal, and metres along the face: u across, v up from the base (quads: from the centre)."""
+    """Local normal, and metres along the face: u across, v up from the base (quad: the centre)."""
     x, y, z = local * np.asarray(half, np.float32)[:, None]
     up = y + np.float32(half[1])
     if form == "quad":

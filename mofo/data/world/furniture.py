@@ -133,7 +133,7 @@ def _shelf(draw: Draw) -> Piece:
     for i in range(boards):
         if draw.chance(0.8):
             length = w * draw.uniform(0.35, 0.85)
-            x = draw.uniform(-1, 1) * (w - length - 0.12) / 2
+            x = draw.uniform(-1.0, 1.0) * (w - length - 0.12) / 2
             first, second = draw.shade(draw.pick(BRIGHT)), draw.shade(draw.pick(BRIGHT))
             books = Material(
                 pattern="stripes", colour=first, accent=second, period=draw.held(0.25, 0.35)

@@ -1,11 +1,12 @@
-"""A small numpy ray caster: convex shapes with textures, lamps and a sun with shadows, exact z-depth.
+"""A small numpy ray caster: solids with textures, lamps and a sun with shadows, exact z-depth.
 
-World: x right, y up, z forward; the ground is y = 0; metres. A camera ray is `axes @ (x, y, 1)` with the optical axis
-third, so its parameter t *is* the z-depth. Pixel (row i, column j) has its centre at (j + 0.5, i + 0.5); its colour is
-the mean over a centre ray and a 2x2 pattern, its depth that of the centre ray alone. Colours are in 0..1 as displayed
-and squared for the arithmetic of light.
+World: x right, y up, z forward; the ground is y = 0; metres. A camera ray is `axes @ (x, y, 1)`,
+the optical axis third, so its parameter t *is* the z-depth. Pixel (row i, column j) has its centre
+at (j + 0.5, i + 0.5); its colour is the mean over a centre ray and a 2x2 pattern, its depth that of
+the centre ray alone. Colours are in 0..1 as displayed, and squared for the arithmetic of light.
 
-Speed comes from windows: a shape, or its shadow, is tested only against the pixels of its bounding rectangle.
+Speed comes from windows: a shape, or its shadow, is tested only against the pixels of its bounding
+rectangle.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ SIDEWAYS = np.array([[0, 1.0, 0], [0, 0, 1], [1, 0, 0]])
 class Shape:
     """A unit solid stretched by `half` along the columns of `axes` and moved to `centre`.
 
-    `form` is box, ball, cylinder (along local y), prism (a roof: ridge along local z) or quad (normal local y).
-    `owner` numbers the thing it is a part of, -1 for none.
+    `form` is one of `forms.MEET`; `owner` numbers the thing it is a part of, -1 for none.
     """
 
     form: str
@@ -92,7 +92,7 @@ class Camera:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What a camera sees; `seen` and `covered` count, per thing, pixels hit first and pixels hit at all."""
+    """What a camera sees; pixels per thing: `seen` where it is hit first, `covered` at all."""
 
     image: UInt8[np.ndarray, "h w 3"]
     metres: Float32[np.ndarray, "h w"]
@@ -103,7 +103,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """Everything that the passes of one picture share; per shape: corners, frames and the window of its pixels."""
+    """What the passes over one picture share."""
 
     shapes: list[Shape]
     camera: Camera
@@ -123,7 +123,10 @@ def render(
     sky: tuple[Vector, Vector],
     size: tuple[int, int],
 ) -> View:
-    """Colour, z-depth (0 where nothing is hit) and shape number (-1 there) of each pixel; `sky` is horizon, zenith."""
+    """Colour, z-depth (0 where nothing is hit) and shape number (-1 there) of each pixel.
+
+    `sky` is the colour of the horizon and of the zenith.
+    """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         stage = _set_up(shapes, camera, size)
         depth, index, covered = _cast(stage)
@@ -171,7 +174,7 @@ def _column(vector: np.ndarray, like: np.ndarray) -> np.ndarray:
 def _windows(
     corners: Float64[np.ndarray, "n m 3"], camera: Camera, size: tuple[int, int]
 ) -> list[Window | None]:
-    """Rows and columns of pixels that can see each convex hull of corners, None if there are none."""
+    """Rows and columns of pixels that can see each convex hull of corners; None without any."""
     h, w = size
     x, y, z = np.moveaxis((corners - np.array(camera.place)) @ camera.axes, -1, 0)
     focal = h / 2 / np.tan(camera.fov / 2)
@@ -190,7 +193,7 @@ def _windows(
 def _cast(
     stage: _Stage,
 ) -> tuple[Float32[np.ndarray, "h w s"], Int[np.ndarray, "h w s"], dict[int, int]]:
-    """Depth and number of the shape each ray hits first, and the pixels that each thing would fill alone."""
+    """Depth and number of the shape each ray hits first, and pixels that each thing covers."""
     depth = np.full(stage.rays.shape[1:], np.inf, np.float32)
     index = np.full(depth.shape, -1, np.int16)
     covered: dict[int, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64
@@ -67,7 +67,11 @@ def compose_room(draw: Draw) -> Scene:
 def _floor(draw: Draw) -> tuple[str, Material]:
     pattern = draw.pick(("wood", "wood", "checker", "tiles", "plain"))
     if pattern == "wood":
-        return "a wooden floor", wooden(draw, 0.4, 0.7)
+        # Paler than furniture, which would vanish on its own wood.
+        floor = wooden(draw, 0.4, 0.7)
+        return "a wooden floor", replace(
+            floor, colour=mix(floor.colour, 0.95, 0.14), accent=mix(floor.accent, 1.1, 0.12)
+        )
     first = draw.pick(("white", "grey", "beige", "red", "green", "blue", "brown"))
     second = draw.pick([name for name in ("black", "white", "red", "blue") if name != first])
     colour = draw.shade(first)
@@ -87,7 +91,7 @@ def _walls(draw: Draw) -> tuple[str, Material]:
     name = draw.pick(WALLS)
     # Pastel, so that furniture of the same colour stands out.
     wall = Material(colour=mix(draw.shade(name), 0.62, 0.35))
-    style = draw.uniform(0, 1)
+    style = draw.uniform(0.0, 1.0)
     if style < 0.12:
         brick, mortar = mix((0.62, 0.28, 0.2), draw.held(0.85, 1.1)), draw.shade("beige")
         return "brick walls", Material(
@@ -137,7 +141,7 @@ def _hang(draw: Draw, scene: Scene, plan: Plan, yaw: float) -> None:
         look, w, h, middle = draw.pick(("white", "brown", "red", "blue", "green")), 0.9, 2.0, 1.0
         colour = draw.shade(look)
         surface = Material(pattern="panel", colour=colour, accent=mix(colour, 0.6))
-    x = draw.uniform(-1, 1) * (length / 2 - w / 2 - 0.2)
+    x = draw.uniform(-1.0, 1.0) * (length / 2 - w / 2 - 0.2)
     # A centimetre off the wall, or the two would share their pixels at random.
     scene.add(
         Thing(look=look, noun=noun),
@@ -148,7 +152,7 @@ def _hang(draw: Draw, scene: Scene, plan: Plan, yaw: float) -> None:
 def _furnish(
     draw: Draw, scene: Scene, plan: Plan, noun: str, yaw: float | None, reach: float
 ) -> None:
-    """A piece with its back to a wall, or without `yaw` anywhere in the middle, where there is room."""
+    """A piece with its back to a wall (without `yaw`: in the middle), where there is room."""
     found = PIECES[noun](draw)
     for _ in range(8):
         if yaw is None:
@@ -159,7 +163,7 @@ def _furnish(
         else:
             angle = yaw
             length, away = plan.wall(yaw)
-            slide = draw.uniform(-1, 1) * max(length / 2 - found.half[0] - 0.1, 0.0)
+            slide = draw.uniform(-1.0, 1.0) * max(length / 2 - found.half[0] - 0.1, 0.0)
             x, _, z = (turn(yaw) @ (slide, 0, found.half[1] + 0.05 - away)).tolist()
             half = found.half if length == plan.width else found.half[::-1]
         taken = np.array([x, z, *half, found.top])
@@ -188,7 +192,7 @@ def _add_lamps(draw: Draw, scene: Scene, plan: Plan) -> None:
     power = draw.uniform(0.5, 0.65) / count
     for _ in range(count):
         x, z = draw.uniform(-0.3, 0.3) * plan.width, draw.uniform(-0.3, 0.3) * plan.depth
-        place, reach = (x, plan.height - 0.4, z), draw.uniform(3, 5)
+        place, reach = (x, plan.height - 0.4, z), draw.uniform(3.0, 5.0)
         colour = (power, power * (0.5 + 0.5 * warm), power * warm)
         scene.lights.append(Light(place=place, colour=colour, reach=reach))
     level = draw.uniform(0.38, 0.48)
@@ -196,19 +200,21 @@ def _add_lamps(draw: Draw, scene: Scene, plan: Plan) -> None:
 
 
 def _aim(draw: Draw, plan: Plan) -> Camera:
-    view, fov = draw.pick(VIEWS), np.radians(draw.held(45, 72))
+    view, fov = draw.pick(VIEWS), np.radians(draw.held(45.0, 72.0))
+    eye, target = _stand(draw, view, plan)
     for _ in range(20):
-        eye, target = _stand(draw, view, plan)
-        in_the_way = (
-            np.all(np.abs(eye[[0, 2]] - s[:2]) < s[2:4] + 0.45) and eye[1] < s[4] + 0.5
-            for s in plan.solids
-        )
-        if not any(in_the_way):
+        if not any(_blocks(solid, eye) for solid in plan.solids):
             break
+        eye, target = _stand(draw, view, plan)
     x, y, z = target - eye
     yaw = np.arctan2(x, z) + draw.held(-0.2, 0.2)
-    pitch = np.clip(np.arctan2(y, np.hypot(x, z)) + draw.held(-0.08, 0.08), -1.0, 0.25)
+    pitch = np.clip(np.arctan2(y, np.hypot(x, z)) + draw.held(-0.08, 0.08), -0.8, 0.25)
     return Camera(place=tuple(eye.tolist()), yaw=float(yaw), pitch=float(pitch), fov=float(fov))
+
+
+def _blocks(solid: Float64[np.ndarray, "5"], eye: Float64[np.ndarray, "3"]) -> bool:
+    beside = np.abs(eye[[0, 2]] - solid[:2]) < solid[2:4] + 0.45
+    return bool(beside.all() and eye[1] < solid[4] + 0.5)
 
 
 def _stand(
@@ -218,11 +224,11 @@ def _stand(
     room = np.array([plan.width / 2 - MARGIN, plan.depth / 2 - MARGIN])
     corner = room * (draw.pick((-1, 1)), draw.pick((-1, 1)))
     if view == "across":
-        eye = corner * (draw.uniform(0.75, 1), draw.uniform(0.75, 1))
-        target = -0.5 * corner * (draw.uniform(-0.3, 1), draw.uniform(-0.3, 1))
+        eye = corner * (draw.uniform(0.75, 1.0), draw.uniform(0.75, 1.0))
+        target = -0.5 * corner * (draw.uniform(-0.3, 1.0), draw.uniform(-0.3, 1.0))
         levels = draw.held(1.2, 1.8), draw.uniform(0.5, 1.2)
     elif view == "corner":
-        eye = room * (draw.uniform(-1, 1), draw.uniform(-1, 1))
+        eye = room * (draw.uniform(-1.0, 1.0), draw.uniform(-1.0, 1.0))
         target = corner * 1.1
         levels = draw.held(1.0, 1.8), draw.uniform(0.4, 1.3)
     elif view == "along":
@@ -232,7 +238,7 @@ def _stand(
     else:
         solid = draw.pick(plan.solids) if plan.solids else np.array([0, 0, 0.3, 0.3, 0.5])
         angle, target = draw.uniform(-np.pi, np.pi), solid[:2]
-        nearest, furthest = {"down": (0.5, 1.4), "close": (0.9, 1.7), "low": (1.2, 3.0)}[view]
+        nearest, furthest = {"down": (0.7, 1.6), "close": (1.1, 2.0), "low": (1.2, 3.0)}[view]
         away = draw.uniform(nearest, furthest) + solid[2:4].max()
         eye = np.clip(target + away * np.array([np.sin(angle), np.cos(angle)]), -room, room)
         low, high = {"down": (1.7, plan.height - 0.3), "close": (0.7, 1.5), "low": (0.3, 0.7)}[view]

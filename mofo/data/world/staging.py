@@ -1,4 +1,4 @@
-"""What rooms and streets are built with: named colours, random choices that keep the splits apart, and the scene.
+"""What rooms and streets are built with: named colours, choices that keep the splits apart, scenes.
 
 See `mofo.data.scenes` for what the splits promise.
 """
@@ -34,10 +34,11 @@ COLOURS: dict[str, Colour] = {
 }
 TEETH, TEST_TEETH = 10, (2, 7)
 TEST_SHARE = 5  # one arrangement in five is a test arrangement
+THIN = 0.01  # a quad has no thickness, but its window is that of a box
 
 
 class Draw:
-    """Random choices of one scene; those that tell the splits apart are made by `held` and `arrange`."""
+    """Random choices of one scene; `held` and `arrange` make those that tell the splits apart."""
 
     def __init__(self, rng: np.random.Generator, split: str) -> None:
         self.rng, self.split = rng, split
@@ -119,13 +120,13 @@ def solid(
 
 def carpet(x: float, y: float, z: float, w: float, d: float, material: Material) -> Shape:
     """A flat piece of ground, floor or ceiling."""
-    centre, half = (x, y, z), (w / 2, 1.0, d / 2)
+    centre, half = (x, y, z), (w / 2, THIN, d / 2)
     return Shape(form="quad", centre=centre, half=half, material=material, casts=False)
 
 
 def panel(x: float, y: float, z: float, w: float, h: float, material: Material) -> Shape:
     """A flat piece of wall around (x, y, z), seen along z."""
-    centre, half = (x, y, z), (w / 2, 1.0, h / 2)
+    centre, half = (x, y, z), (w / 2, THIN, h / 2)
     return Shape(
         form="quad", centre=centre, half=half, axes=UPRIGHT, material=material, casts=False
     )

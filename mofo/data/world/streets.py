@@ -1,7 +1,8 @@
-"""Generated streets: a road between two rows of houses, cars, trees and lamp posts, five ways to look."""
+"""Generated streets: a road between rows of houses, cars, trees, lamp posts; five ways to look."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -45,7 +46,9 @@ def compose_street(draw: Draw) -> Scene:
     _add_row(draw, scene, -1, road / 2 + walk, rows[:ROW_LENGTH])
     _add_row(draw, scene, 1, road / 2 + walk, rows[ROW_LENGTH:])
     if scene.arrangement[-1] == "closed":
-        _add_building(draw, scene, "house", 0.0, draw.held(20, 60), np.pi, draw.uniform(9, 14))
+        _add_building(
+            draw, scene, "house", 0.0, draw.held(20.0, 60.0), np.pi, draw.uniform(9.0, 14.0)
+        )
     spots = _add_kerbside(draw, scene, road, walk, kerbside)
     scene.cameras = [_aim(draw, road, walk, spots) for _ in range(TRIES)]
     return scene
@@ -80,8 +83,9 @@ def _add_light(draw: Draw, scene: Scene) -> None:
         ),
     }[weather]
     height = draw.uniform(low, high)
-    place = (np.sin(angle) * np.cos(height), np.sin(height), np.cos(angle) * np.cos(height))
-    scene.lights.append(Light(place=tuple(float(p) for p in place), colour=sun, sun=True))
+    flat = math.cos(height)
+    place = (flat * math.sin(angle), math.sin(height), flat * math.cos(angle))
+    scene.lights.append(Light(place=place, colour=sun, sun=True))
     scene.ambient, scene.sky = ambient, (horizon, mix(zenith, tone))
     scene.surroundings.append((f"a {weather} sky", {-1}))
 
@@ -99,7 +103,7 @@ def _add_ground(draw: Draw, scene: Scene, road: float, walk: float) -> None:
         pattern="dashes",
         colour=mix(draw.shade("grey"), 0.7),
         accent=(0.95, 0.95, 0.9),
-        period=draw.held(4, 6),
+        period=draw.held(4.0, 6.0),
     )
     stone = draw.shade("grey")
     paving = Material(
@@ -115,9 +119,9 @@ def _add_ground(draw: Draw, scene: Scene, road: float, walk: float) -> None:
 
 
 def _add_row(draw: Draw, scene: Scene, side: int, edge: float, kinds: tuple[str, ...]) -> None:
-    z = draw.held(-14, -6)
+    z = draw.held(-14.0, -6.0)
     for kind in kinds:
-        length = draw.held(8, 16)
+        length = draw.held(8.0, 16.0)
         if kind in ("house", "tower"):
             yaw = -side * np.pi / 2
             _add_building(draw, scene, kind, side * edge, z + length / 2, yaw, length)
@@ -127,7 +131,7 @@ def _add_row(draw: Draw, scene: Scene, side: int, edge: float, kinds: tuple[str,
             scene.add(Thing(look="green", noun="hedge"), [hedge])
         else:
             for share in (0.25, 0.75):
-                x = side * (edge + draw.uniform(1.5, 4))
+                x = side * (edge + draw.uniform(1.5, 4.0))
                 _add_tree(draw, scene, x, z + length * share, 1.3)
         z += length + draw.pick((0.0, 0.0, 3.0))
 
@@ -202,7 +206,7 @@ def _car(draw: Draw) -> tuple[Thing, list[Shape]]:
 
 
 def _bus(draw: Draw) -> tuple[Thing, list[Shape]]:
-    name, length = draw.pick(PAINTS), draw.uniform(6, 9)
+    name, length = draw.pick(PAINTS), draw.uniform(6.0, 9.0)
     paint = Material(colour=draw.shade(name), gloss=0.3)
     parts = [
         box(0.0, 0.35, 0.0, 2.2, 1.1, length, paint),
@@ -227,10 +231,10 @@ def _lamp_post(draw: Draw, side: int) -> tuple[Thing, list[Shape]]:
 def _add_kerbside(
     draw: Draw, scene: Scene, road: float, walk: float, kinds: tuple[str, ...]
 ) -> list[tuple[float, float]]:
-    """Cars at the kerb or in a lane, trees and lamp posts beside; returns where cars and buses are."""
+    """Cars at the kerb or in a lane, trees and lamp posts beside; returns where the cars are."""
     spots = []
     for i, kind in enumerate(kinds):
-        side, z = 1 if i % 2 else -1, draw.held(3, 12) + 11 * (i // 2)
+        side, z = 1 if i % 2 else -1, draw.held(3.0, 12.0) + 11 * (i // 2)
         if kind in ("car", "bus"):
             x = side * (road / 2 - 1.3 if draw.chance(0.7) else road / 4)
             thing, parts = (_car if kind == "car" else _bus)(draw)
@@ -245,8 +249,8 @@ def _add_kerbside(
 
 
 def _aim(draw: Draw, road: float, walk: float, spots: list[tuple[float, float]]) -> Camera:
-    view, side, fov = draw.pick(VIEWS), draw.pick((-1, 1)), np.radians(draw.held(40, 65))
-    yaw, pitch, z = draw.held(-0.3, 0.3), draw.held(-0.12, 0.1), draw.held(-3, 2)
+    view, side, fov = draw.pick(VIEWS), draw.pick((-1, 1)), np.radians(draw.held(40.0, 65.0))
+    yaw, pitch, z = draw.held(-0.3, 0.3), draw.held(-0.12, 0.1), draw.held(-3.0, 2.0)
     if view == "road":
         x, y = draw.uniform(-0.25, 0.25) * road, draw.held(1.2, 2.0)
     elif view == "pavement":
@@ -254,13 +258,13 @@ def _aim(draw: Draw, road: float, walk: float, spots: list[tuple[float, float]])
         yaw -= side * draw.held(-0.1, 0.3)
     elif view == "across":
         x, y = -side * (road / 2 + walk * draw.uniform(0.2, 0.6)), draw.held(1.2, 2.2)
-        yaw, z = side * draw.held(0.75, 1.65), draw.held(0, 12)
+        yaw, z = side * draw.held(0.75, 1.65), draw.held(0.0, 12.0)
     elif view == "above":
         x, y = draw.uniform(-0.5, 0.5) * road, draw.held(3.5, 8.0)
         yaw, pitch = draw.held(-0.9, 0.9), draw.held(-0.6, -0.2)
     else:
         spot = draw.pick(spots) if spots else (0.0, 8.0)
-        angle, reach, edge = draw.held(-1.2, 1.2), draw.uniform(3.6, 7), road / 2 + walk - 0.5
+        angle, reach, edge = draw.held(-1.2, 1.2), draw.uniform(3.6, 7.0), road / 2 + walk - 0.5
         x = min(max(spot[0] - reach * np.sin(angle), -edge), edge)
         y, z = draw.held(0.9, 2.0), spot[1] - reach * np.cos(angle)
         yaw = np.arctan2(spot[0] - x, spot[1] - z) + draw.held(-0.25, 0.25)

@@ -1,6 +1,8 @@
-"""What a model must beat: predictors that do not look at the image."""
+"""What is scored: a model, and the trivial predictors, blind to the image, that it must beat."""
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,5 +42,19 @@ def mean_map(samples: Iterable[Sample], side: int = 64) -> Predictor:
         sizes = [(image.shape[1], image.shape[0]) for image in images]
         resize = Image.fromarray(mean).resize
         return [np.asarray(resize(size, Image.Resampling.BILINEAR)) for size in sizes]
+
+    return predict
+
+
+def of_model(image_to_depth: Callable[..., list[Any]], *, num_steps: int, seed: int) -> Predictor:
+    """A pipeline's `image_to_depth` without captions; noise follows from `seed` and the key alone.
+
+    Pixels that the pipeline does not trust are given no depth.
+    """
+
+    def predict(images: list[np.ndarray], keys: list[str]) -> list[np.ndarray]:
+        seeds = [zlib.crc32(f"{seed}/{key}".encode()) for key in keys]
+        made = image_to_depth(images, seeds=seeds, num_steps=num_steps)
+        return [np.where(one.valid, one.depth, np.nan) for one in made]
 
     return predict

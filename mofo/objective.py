@@ -115,8 +115,11 @@ class Objective:
         if x_depth is None:
             return Terms(image, zero, zero)
 
-        error = (x_depth.float() - depth) / t_depth.clamp(min=flow.MIN_TIME)[:, None, None]
-        depth_term = masked_mean(error.square(), valid & (t_depth > 0)[:, None, None], measured)
+        judged = valid & (t_depth > 0)[:, None, None]
+        # Selected before the square, whose gradient at NaN would be NaN even times zero.
+        error = torch.where(judged, x_depth.float() - depth, 0)
+        error = error / t_depth.clamp(min=flow.MIN_TIME)[:, None, None]
+        depth_term = masked_mean(error.square(), judged, measured)
         if v_teacher is None:
             return Terms(image, depth_term, zero)
         pull = self.teacher_weight_noisy * t_depth + self.teacher_weight_clean * (1 - t_depth)
@@ -133,7 +136,8 @@ def masked_mean(
 ) -> Float[Tensor, ""]:
     """Sum over valid entries, divided by `count` (their own number if None); 0 if there are none.
 
-    The mask selects *before* arithmetic reaches the sum, so NaN in the rest stays inert.
+    NaN in the rest stays out of the sum, but not out of the gradient of what made `values`: select
+    before arithmetic as well.
     """
     total = torch.where(valid, values, 0).sum()
     count = valid.sum() if count is None else torch.as_tensor(count, device=total.device)

@@ -143,8 +143,7 @@ OPTIONS = [
     {"axes_dim": [2, 14, 14, 2]},
     {"axes_dim": [0, 16, 16, 0]},
     {"hidden_size": 48, "num_heads": 3, "axes_dim": [4, 4, 4, 4]},
-    {"mlp_ratio": 2.5, "depth_double": 2, "depth_single": 0, "depth_decoder_num_layers": 1},
-    {"depth_double": 0},
+    {"mlp_ratio": 2.5, "depth_double": 2, "depth_single": 3},
     {"theta": 10_000},
 ]
 

@@ -147,8 +147,7 @@ class TrainingSet(Dataset[Row]):
         rng = stream(self.seed, "transform", position)
         sample = self._transform(sample, self.sources[name], rng)
         image = torch.from_numpy(sample.image).permute(2, 0, 1).float().div_(127.5).sub_(1)
-        valid = np.zeros(self.size, bool) if sample.valid is None else sample.valid
-        metres = sample.metres if valid.any() else np.ones(self.size, np.float32)
+        metres, valid = sample.depth or (np.ones(self.size, np.float32), np.zeros(self.size, bool))
         return Row(
             image=image,
             metres=torch.from_numpy(fill_nearest(metres, valid)),

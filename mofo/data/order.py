@@ -109,6 +109,6 @@ class Permutation:
 
     def _permute_window(self, epoch: int, window: int) -> Int64[np.ndarray, " n"]:
         shards = self._shards[epoch,][0][window * WINDOW : (window + 1) * WINDOW]
-        samples = [np.arange(self.starts[shard], self.starts[shard + 1]) for shard in shards]
+        samples = [np.arange(int(self.starts[i]), int(self.starts[i + 1])) for i in shards]
         rng = stream(self.seed, "samples", self.name, epoch, window)
         return rng.permutation(np.concatenate(samples))

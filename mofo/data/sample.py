@@ -48,12 +48,13 @@ class Sample:
             )
         if (self.metres is None) != (self.valid is None):
             raise ValueError(f"{self.key}: give both metres and valid, or neither")
-        if self.metres is None:
+        if self.depth is None:
             return
         size = self.image.shape[:2]
+        metres, valid = self.depth
         for name, array, dtype in (
-            ("metres", self.metres, np.float32),
-            ("valid", self.valid, np.bool_),
+            ("metres", metres, np.float32),
+            ("valid", valid, np.bool_),
         ):
             if array.shape != size:
                 raise ValueError(
@@ -65,19 +66,27 @@ class Sample:
                     f"{self.key}: {name} is {array.dtype}, but must be {dtype.__name__}"
                 )
 
+    @property
+    def depth(self) -> tuple[Metres, Valid] | None:
+        """Metres and where they were measured, if there is any depth."""
+        if self.metres is None or self.valid is None:
+            return None
+        return self.metres, self.valid
+
     def check(self) -> None:
         """Raise a ValueError if what is marked as measured cannot be, or if nothing is marked."""
         if not self.key or set(self.key) & set("./\\"):
             raise ValueError(f"key {self.key!r} names files: use no '.', '/' or '\\' in it")
         if self.intrinsics is not None and not np.isfinite(self.intrinsics).all():
             raise ValueError(f"{self.key}: intrinsics are not finite; pass None if unknown")
-        if self.metres is None:
+        if self.depth is None:
             return
-        if not self.valid.any():
+        metres, valid = self.depth
+        if not valid.any():
             raise ValueError(
                 f"{self.key}: depth has no measured pixel; pass metres=None, valid=None instead"
             )
-        measured = self.metres[self.valid]
+        measured = metres[valid]
         for reason, bad in (
             ("NaN", np.isnan(measured)),
             ("infinite", np.isinf(measured)),

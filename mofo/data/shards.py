@@ -113,7 +113,7 @@ def _manifest(
 def _write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> list[dict[str, Any]]:
     """Write one tar and its index; returns the json of each sample. `keys` grows."""
     # Only writing needs it, and it takes seconds to import.
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     described = []
     # A fixed time makes equal samples equal bytes, so that two writers cannot disagree.
@@ -151,10 +151,10 @@ def _encode(sample: Sample) -> dict[str, bytes]:
         )
     members = {IMAGE_EXTENSIONS[kind]: image}
     scale = None
-    if sample.metres is not None:
-        scale = sample.depth_scale or choose_depth_scale(sample.metres, sample.valid)
+    if sample.depth is not None:
+        scale = sample.depth_scale or choose_depth_scale(*sample.depth)
         try:
-            members["depth.png"] = encode_depth(sample.metres, sample.valid, scale)
+            members["depth.png"] = encode_depth(*sample.depth, scale)
         except ValueError as error:
             raise ValueError(f"{sample.key}: {error}") from error
     row = {
@@ -282,7 +282,7 @@ def _load_index(path: Path) -> Index:
 
 def _scan(path: Path) -> Index:
     """Keys and spans off the tar's own headers, as far as they are intact."""
-    samples: Index = []
+    samples = []
     with suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
         for member in tar:
             if not member.isreg():

@@ -60,15 +60,14 @@ def crop_resize(sample: Sample, box: Box, size: tuple[int, int]) -> Sample:
     top, left, height, width = box
     rows, columns = slice(top, top + height), slice(left, left + width)
     image = sample.image[rows, columns]
+    h, w = size
     if (height, width) != size:
-        image = Image.fromarray(image).resize(size[::-1], Image.Resampling.LANCZOS)
+        image = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
     metres = valid = intrinsics = None
-    if sample.metres is not None:
-        metres, valid = nearest_measured(
-            sample.metres[rows, columns], sample.valid[rows, columns], size
-        )
+    if sample.depth is not None:
+        metres, valid = nearest_measured(*(layer[rows, columns] for layer in sample.depth), size)
     if sample.intrinsics is not None:
-        scale_y, scale_x = size[0] / height, size[1] / width
+        scale_y, scale_x = h / height, w / width
         shift = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]], np.float64)
         intrinsics = np.diag([scale_x, scale_y, 1.0]) @ shift @ sample.intrinsics
     return replace(
@@ -141,14 +140,12 @@ def thin(
 
     At most `max_kept` of the image's pixels stay measured.
     """
-    if sample.valid is None or not sample.valid.any():
+    if sample.depth is None:
         return sample
-    pattern = patterns[rng.integers(len(patterns))]
-    kept = sparsify(
-        sample.image, sample.metres, sample.valid, pattern=pattern, max_kept=max_kept, rng=rng
-    )
-    kept = kept & sample.valid
-    return replace(sample, metres=np.where(kept, sample.metres, np.float32(0)), valid=kept)
+    metres, valid = sample.depth
+    pattern = patterns[int(rng.integers(len(patterns)))]
+    kept = sparsify(sample.image, metres, valid, pattern=pattern, max_kept=max_kept, rng=rng)
+    return replace(sample, metres=np.where(kept, metres, np.float32(0)), valid=kept)
 
 
 def jitter(

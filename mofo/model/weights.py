@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -95,6 +95,10 @@ def grow(base: str | Path, config: DiTConfig) -> ThreeStreamDiT:
     cross-time MLPs are fresh, the cross alphas 0. Without depth the output is exactly the base's.
     """
     tensors = read_base(base)
+    stated = _stated(base)
+    if stated is not None:
+        # What no tensor's shape shows; the rest is compared below.
+        _agree(stated, config, base, names=("num_heads", "axes_dim", "theta"))
     with torch.device("meta"):
         dit = ThreeStreamDiT(config)
     wanted = dit.state_dict()
@@ -118,10 +122,7 @@ def start(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
     if not _is_release(path):
         return grow(path, config)
     dit = load(path).dit
-    if dit.config != config:
-        theirs, ours = asdict(dit.config), asdict(config)
-        lines = [f"{k} is {theirs[k]}, not {ours[k]}" for k in ours if theirs[k] != ours[k]]
-        raise ValueError(f"the network in {path} differs from the model config: {'; '.join(lines)}")
+    _agree(dit.config, config, path)
     return dit
 
 
@@ -129,7 +130,7 @@ def text_to_image(path: str | Path) -> ThreeStreamDiT:
     """The text-to-image network of a base; a three-stream release is one when given no depth."""
     if _is_release(path):
         return load(path).dit
-    config = base_config(path)
+    config = _stated(path) or base_config(path)
     with torch.device("meta"):
         dit = ThreeStreamDiT(config)
     assign(dit, read_base(path), path)
@@ -358,10 +359,34 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+def _agree(
+    theirs: DiTConfig, ours: DiTConfig, path: str | Path, names: Iterable[str] | None = None
+) -> None:
+    """The same dimensions, or a message with those that differ."""
+    found, wanted = asdict(theirs), asdict(ours)
+    listed = [
+        f"{name} is {found[name]}, not {wanted[name]}"
+        for name in names or wanted
+        if found[name] != wanted[name]
+    ]
+    if listed:
+        raise ValueError(f"the network in {path} differs from the model config: {'; '.join(listed)}")
+
+
+def _stated(path: str | Path) -> DiTConfig | None:
+    """The dimensions in a folder's `config.json`; None for a base, whose file has none of ours."""
+    folder = _folder(path)
+    if not (folder / CONFIG).exists():
+        return None
+    config = _read_config(folder)
+    ours = "dit" in config or "variant" in config  # diffusers writes a config.json as well
+    return _parse(config, folder)[0] if ours else None
+
+
 def _is_release(path: str | Path) -> bool:
     """Whether a folder holds three streams (or is the shipped model), not a text-to-image base."""
-    folder = _folder(path)
-    return (folder / CONFIG).exists() and _parse(_read_config(folder), folder)[0].depth_channels > 0
+    stated = _stated(path)
+    return stated is not None and stated.depth_channels > 0
 
 
 def _folder(path: str | Path) -> Path:

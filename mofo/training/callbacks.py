@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from mofo import picture
-from mofo.model import weights
 from mofo.sampler import sample
+from mofo.training.export import write
 from mofo.training.module import ModalityForcing
-
 
 
 class EMA(Callback):
@@ -160,14 +159,15 @@ class Preview(Callback):
 
 
 class Export(Callback):
-    """At the end, the averaged weights as a release folder."""
+    """At the end, the averaged weights as a release folder, in the dtype they were trained in."""
 
     def __init__(self, *, folder: str) -> None:
         self.folder = Path(folder) / "export"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ModalityForcing) -> None:
         if trainer.is_global_zero and trainer.global_step >= trainer.max_steps:
-            weights.save(pl_module.release(averaged(trainer)), self.folder)
+            release = pl_module.release(averaged(trainer))
+            write(release, pl_module.encoders.autoencoder, self.folder)
             print(f"exported to {self.folder}")
 
 

@@ -17,7 +17,7 @@ from mofo.model import weights
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
 from mofo.model.weights import Release
 from mofo.objective import Objective
-from mofo.schedule import Schedule
+from mofo.training.export import assemble
 from mofo.training.optimizer import AdamW
 
 
@@ -140,13 +140,10 @@ class ModalityForcing(LightningModule):
             with torch.device("meta"):
                 dit = ThreeStreamDiT(self.config)
             dit.load_state_dict(state, assign=True)
-        image, depth = self.objective.image_schedule, self.objective.depth_schedule
-        schedule = Schedule(
-            rgb_shift_mu=image.mu,
-            rgb_shift_sigma=image.sigma,
-            depth_shift_mu=depth.mu,
-            depth_shift_sigma=depth.sigma,
+        return assemble(
+            dit,
+            image_schedule=self.objective.image_schedule,
+            depth_schedule=self.objective.depth_schedule,
+            size=self.trainer.datamodule.size,
+            text=self.encoders.name,
         )
-        size = list(self.trainer.datamodule.size)
-        use = {"image_size": size, "text": self.encoders.name}
-        return Release(dit=dit, codec=self.codec, schedule=schedule, use=use)

@@ -24,6 +24,7 @@ def convert(
     """Yield `count` scenes of `split`, always the same ones for the same arguments."""
     if not 0 < count <= SEEDS:
         raise ValueError(f"count is {count}, but must be in 1..{SEEDS}; use another seed for more")
-    scene = partial(generate, split=split, size=tuple(size))
+    h, w = size
+    scene = partial(generate, split=split, size=(h, w))
     with get_context("fork").Pool(PROCESSES) as pool:
         yield from pool.imap(scene, range(seed * SEEDS, seed * SEEDS + count), chunksize=16)

@@ -19,8 +19,8 @@ build = partial(instantiate, _convert_="all")
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    folder = Path(cfg.run_dir)
-    checkpoint = run.open_folder(folder, cfg)
+    run.quieten()
+    checkpoint = run.open_folder(Path(cfg.run_dir), cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     module = ModalityForcing(
         model=build(cfg.model),
@@ -29,6 +29,7 @@ def main(cfg: DictConfig) -> None:
         optimizer=build(cfg.optimizer),
         init_from=cfg.init_from,
         seed=cfg.seed,
+        body_dtype=cfg.body_dtype,
     )
     callbacks = [build(callback) for callback in cfg.callbacks.values()]
     trainer = build(cfg.trainer, callbacks=callbacks, logger=build(cfg.logger) or False)

@@ -97,9 +97,7 @@ def convert(args: argparse.Namespace) -> int:
 
     names = {"samples": ("keys", "folder"), "generated": ("split", "count", "seed", "size")}
     options = {name: getattr(args, name) for name in names[args.name]}
-    made = make(
-        args.out, converter=args.name, samples_per_shard=args.samples_per_shard, **options
-    )
+    made = make(args.out, converter=args.name, samples_per_shard=args.samples_per_shard, **options)
     print(f"{args.name} -> {args.out}" if made else f"{args.out} is finished already")
     return 0
 
@@ -117,7 +115,9 @@ def find(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
             files = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
         if not files:
             what = f"holds no {', '.join(suffixes)}" if path.is_dir() else "matches no file"
-            raise ValueError(f"{pattern} {what}; give files, folders or patterns such as 'in/*.png'")
+            raise ValueError(
+                f"{pattern} {what}; give files, folders or patterns such as 'in/*.png'"
+            )
         found += files
     return list(dict.fromkeys(found))
 

@@ -272,9 +272,7 @@ class Mofo:
                     digest.update(block)
         return digest.hexdigest()[:16]
 
-    def _call(
-        self, mode, prompt, count, seeds, size, num_steps, cfg_scale, log2_alpha
-    ) -> _Call:
+    def _call(self, mode, prompt, count, seeds, size, num_steps, cfg_scale, log2_alpha) -> _Call:
         if not count:
             raise ValueError(f"{mode} was given an empty list; give it at least one input")
         prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)

@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from mofo.data.sample import Batch
 from mofo.model import autoencoder
 from mofo.model.weights import read_tensors, write_tensors
-from mofo.training.autoencoder import AutoencoderTraining, psnr
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "ae_tiny"
@@ -151,84 +147,6 @@ def test_sizes_that_do_not_fit_the_stride_are_refused() -> None:
         ae.decode(torch.zeros(1, 6, 8), grid=(2, 2))
 
 
-def pictures(num_samples: int, position: int) -> Batch:
-    """Smooth colour ramps, each its own."""
-    rng = torch.Generator().manual_seed(position)
-    ramp = torch.linspace(-1, 1, 16)
-    weights = torch.rand(2, num_samples, 3, 1, 1, generator=rng) - 0.5
-    return Batch(
-        image=weights[0] * ramp[:, None] + weights[1] * ramp,
-        metres=torch.ones(num_samples, 16, 16),
-        valid=torch.zeros(num_samples, 16, 16, dtype=torch.bool),
-        caption=[""] * num_samples,
-        key=[f"ramp-{position + i}" for i in range(num_samples)],
-        position=torch.arange(position, position + num_samples),
-        grid=(2, 2),
-        step_measured=0,
-    )
-
-
-def train(folder: Path, max_steps: int) -> AutoencoderTraining:
-    torch.manual_seed(0)
-    module = AutoencoderTraining(
-        widths=(32, 32, 32),
-        blocks=1,
-        latent_channels=4,
-        norm_groups=8,
-        edge_weight=0.5,
-        latent_noise=0.1,
-        latent_weight=1e-3,
-        learning_rate=3e-3,
-        warmup_steps=2,
-        seed=0,
-        folder=folder,
-    )
-    trainer = L.Trainer(
-        max_steps=max_steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    batches = [pictures(4, 4 * step) for step in range(max_steps)]
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return module
-
-
-def test_training_writes_an_autoencoder_that_learnt(tmp_path: Path) -> None:
-    held_out = pictures(8, 10_000).image
-    scores = []
-    for max_steps in (1, 30):
-        train(tmp_path, max_steps)
-        ae = autoencoder.load(tmp_path)
-        assert ae.network.dtype == torch.float32
-        scores.append(psnr(ae.decode(ae.encode(held_out), grid=(2, 2)), held_out).mean().item())
-    assert scores[1] > scores[0] + 1.5
-    stored = read_tensors(tmp_path / autoencoder.ENCODER_FILE)
-    assert stored["conv_in.weight"].dtype == torch.bfloat16
-    assert stored["bn.running_var"].dtype == torch.float32
-
-
-def test_training_repeats_itself(tmp_path: Path) -> None:
-    first, second = (train(tmp_path / name, 3) for name in "ab")
-    for before, after in zip(first.ae.parameters(), second.ae.parameters(), strict=True):
-        assert torch.equal(before, after)
-
-
-def test_a_loss_that_is_not_finite_names_the_pictures(tmp_path: Path) -> None:
-    module = train(tmp_path, 1).float()
-    batch = pictures(2, 0)
-    batch.image[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="ramp-0"):
-        module.training_step(batch, 0)
-
-
-def test_psnr_of_a_known_error() -> None:
-    image = torch.zeros(1, 3, 4, 4)
-    torch.testing.assert_close(psnr(image + 0.2, image), torch.tensor([20.0]))
-
-
 def test_the_small_autoencoder_keeps_what_a_scene_shows() -> None:
     from mofo.data.scenes import generate
 
@@ -238,5 +156,6 @@ def test_the_small_autoencoder_keeps_what_a_scene_shows() -> None:
     images = torch.stack([torch.from_numpy(i).permute(2, 0, 1) for i in scenes]) / 127.5 - 1
     tokens = ae.encode(images)
     assert tokens.shape == (6, 64, ae.channels)
-    assert psnr(ae.decode(tokens, grid=(8, 8)), images).mean() > 25
+    error = (ae.decode(tokens, grid=(8, 8)) - images).square().mean((1, 2, 3))
+    assert (10 * torch.log10(4 / error)).mean() > 26  # PSNR in dB
     assert 0.5 < tokens.std() < 1.5

@@ -76,7 +76,7 @@ def test_unmeasured_pixels_carry_no_gradient_even_when_nan() -> None:
 
 
 def test_unmeasured_metres_never_reach_loss_or_statistics() -> None:
-    metres = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0)) + 1
+    metres = torch.rand(1, 4, 6, generator=torch.Generator().manual_seed(0)) + 1
     valid = metres > 1.4
     losses = []
     for junk in (torch.nan, torch.inf, -5.0, 0.0, 1e30):
@@ -84,7 +84,7 @@ def test_unmeasured_metres_never_reach_loss_or_statistics() -> None:
             torch.where(valid, metres, junk), valid
         )
         given = {name: one[:1] for name, one in tensors().items()}
-        given |= {"depth": depth, "valid": measured, "x_depth": torch.zeros(1, 4, 4)}
+        given |= {"depth": depth, "valid": measured, "x_depth": torch.zeros(1, 6, 4)}
         losses.append(terms(given).depth)
     assert len(set(map(float, losses))) == 1
     assert losses[0] > 0

@@ -153,12 +153,13 @@ MODES = [
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "+".join(mode) or "joint")
 def test_a_sample_is_the_same_alone_and_in_a_batch(network: ThreeStreamDiT, mode: dict) -> None:
-    seeds = [5, 6, 70]
-    together = run(network, 3, seeds=seeds, **mode)
     one = {k: v[2:] if k in ("image", "depth") else v for k, v in mode.items()}
-    alone = run(network, 1, text=text(3)[2:], seeds=[70], **one)
-    for many, single in zip(together, alone, strict=True):
-        torch.testing.assert_close(many[2:], single, rtol=0, atol=1e-6)
+    # The loop is exact; in a network, matrix products round differently in another batch size.
+    for dit, atol in ((Straight(follows_text=True), 0), (network, 2e-5)):
+        together = run(dit, 3, seeds=[5, 6, 70], **mode)
+        alone = run(dit, 1, text=text(3)[2:], seeds=[70], **one)
+        for many, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(many[2:], single, rtol=0, atol=atol)
 
 
 def test_the_same_seed_is_the_same_sample_and_another_is_another(network: ThreeStreamDiT) -> None:

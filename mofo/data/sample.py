@@ -46,12 +46,12 @@ class Sample:
                 f"{self.key}: image is {self.image.dtype} {self.image.shape}, but must be "
                 "uint8 (h, w, 3); decode_image makes one from any file"
             )
-        if (self.metres is None) != (self.valid is None):
+        metres, valid = self.metres, self.valid
+        if (metres is None) != (valid is None):
             raise ValueError(f"{self.key}: give both metres and valid, or neither")
-        if self.depth is None:
+        if metres is None or valid is None:
             return
         size = self.image.shape[:2]
-        metres, valid = self.depth
         for name, array, dtype in (
             ("metres", metres, np.float32),
             ("valid", valid, np.bool_),

@@ -65,7 +65,8 @@ def crop_resize(sample: Sample, box: Box, size: tuple[int, int]) -> Sample:
         image = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
     metres = valid = intrinsics = None
     if sample.depth is not None:
-        metres, valid = nearest_measured(*(layer[rows, columns] for layer in sample.depth), size)
+        metres, valid = sample.depth
+        metres, valid = nearest_measured(metres[rows, columns], valid[rows, columns], size)
     if sample.intrinsics is not None:
         scale_y, scale_x = h / height, w / width
         shift = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]], np.float64)

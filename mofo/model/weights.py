@@ -87,14 +87,14 @@ def save(release: Release, folder: str | Path) -> None:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def grow(base: str | Path, config: DiTConfig) -> ThreeStreamDiT:
+def grow(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
     """Three streams from a FLUX.2 text-to-image base (recipe section 8).
 
-    `base` is the base's single file or a diffusers folder. The depth stream starts as a copy of
+    `path` is the base's single file or a diffusers folder. The depth stream starts as a copy of
     the image stream, decoder blocks as the last single blocks; `depth_in`, the depth head and the
     cross-time MLPs are fresh, the cross alphas 0. Without depth the output is exactly the base's.
     """
-    tensors = read_base(base)
+    tensors = read_base(path)
     stated = _stated(base)
     if stated is not None:
         # What no tensor's shape shows; the rest is compared below.
@@ -103,7 +103,7 @@ def grow(base: str | Path, config: DiTConfig) -> ThreeStreamDiT:
         dit = ThreeStreamDiT(config)
     wanted = dit.state_dict()
     shared = set(wanted) & set(base_names(config))
-    _compare({k: wanted[k].shape for k in shared}, _shapes(tensors), base)
+    _compare({k: wanted[k].shape for k in shared}, _shapes(tensors), path)
     state = {}
     for name, blank in wanted.items():
         source = _origin(name, config)
@@ -137,12 +137,12 @@ def text_to_image(path: str | Path) -> ThreeStreamDiT:
     return dit.eval()
 
 
-def base_config(base: str | Path, **changes: Any) -> DiTConfig:
+def base_config(path: str | Path, **changes: Any) -> DiTConfig:
     """The dimensions of a text-to-image base, read off its tensors: the file carries no config.
 
     Head size from `query_norm.scale`, axes are four quarters of it, theta 2000 (recipe section 3).
     """
-    shapes = _shapes(read_base(base))
+    shapes = _shapes(read_base(path))
     hidden, channels = shapes["img_in.weight"]
     head_size = shapes["single_blocks.0.norm.query_norm.scale"][0]
     wide = shapes["single_blocks.0.linear2.weight"][1] - hidden
@@ -241,15 +241,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def read_base(base: str | Path) -> dict[str, Tensor]:
+def read_base(path: str | Path) -> dict[str, Tensor]:
     """A text-to-image base in the names of its own single file, whichever layout it comes in."""
-    base = file = _folder(base)
-    if base.is_dir():
-        inside = [base / "transformer", base]
+    folder = file = _folder(path)
+    if folder.is_dir():
+        inside = [folder / "transformer", folder]
         names = ["diffusion_pytorch_model.safetensors", WEIGHTS]
         found = [d / n for d in inside for n in names if _exists(d / n)]
         if not found:
-            raise ValueError(f"{base} holds none of {names}, in it or in its transformer/ folder")
+            raise ValueError(f"{folder} holds none of {names}, in it or in its transformer/ folder")
         file = found[0]
     tensors = read_tensors(file)
     if "x_embedder.weight" in tensors:

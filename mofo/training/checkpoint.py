@@ -40,7 +40,7 @@ class Checkpoint(Callback):
         self.saved_step = trainer.global_step
         target = self.folder / f"step_{trainer.global_step:08d}.ckpt"
         partial = self.folder / f".{target.name}.partial"
-        trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(partial, weights_only=False)
         if not trainer.is_global_zero:
             return
         with partial.open("rb") as written:

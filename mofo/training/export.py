@@ -82,7 +82,7 @@ def assemble(
     size: Sequence[int],
     text: str,
 ) -> Release:
-    """A network with how it was trained: times, `size` (h, w) in pixels, name of the text encoder."""
+    """A network with how it was trained; `size` is (h, w) in pixels, `text` an encoder."""
     return Release(
         dit=dit,
         codec=DepthCodec(patch_size=round(dit.config.depth_channels**0.5) or 1),

@@ -7,6 +7,7 @@ same module with a model that has no depth stream.
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.func import functional_call
 
 from mofo import flow
 from mofo.data.sample import Batch
@@ -20,12 +21,16 @@ from mofo.objective import Objective
 from mofo.training.export import assemble
 from mofo.training.optimizer import AdamW
 
+BODY_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 class ModalityForcing(LightningModule):
     """Post-training of a text-to-image base into three streams.
 
     `init_from`: None for random weights, a base (single file, diffusers or stage-1 export folder)
     to grow from, or a three-stream release folder to go on from. The teacher is that base.
+    `body_dtype` is what the network computes in, by cast: its weights, which the optimiser sees,
+    and its depth head stay float32.
     """
 
     def __init__(
@@ -37,8 +42,12 @@ class ModalityForcing(LightningModule):
         optimizer: AdamW,
         init_from: str | None,
         seed: int,
+        body_dtype: str = "float32",
     ) -> None:
         super().__init__()
+        if body_dtype not in BODY_DTYPES:
+            raise ValueError(f"body_dtype is {body_dtype!r}; accepted: {', '.join(BODY_DTYPES)}")
+        self.body_dtype = BODY_DTYPES[body_dtype]
         self.config, self.encoders, self.objective = model, encoders, objective
         self.settings, self.init_from, self.seed = optimizer, init_from, seed
         self.codec = DepthCodec(patch_size=round(model.depth_channels**0.5) or 1)
@@ -69,7 +78,7 @@ class ModalityForcing(LightningModule):
         mean = self.codec.depth_value_scale
         depth_t = self.objective.corrupt_depth(depth, valid, t_depth, mean, rng)
 
-        v_image, x_depth = self.dit(text, image_t, depth_t, t_image, t_depth, grid=batch.grid)
+        v_image, x_depth = self.predict(text, image_t, depth_t, t_image, t_depth, grid=batch.grid)
         v_teacher = self.teacher and self.teacher(text, image_t, t_image, grid=batch.grid)
 
         measured = self.share_of_step(batch.step_measured)
@@ -83,11 +92,21 @@ class ModalityForcing(LightningModule):
     ) -> Tensor:
         """Stage 1: depth is absent."""
         image_t, v_target = flow.corrupt(image, t_image, rng)
-        v_image, _ = self.dit(text, image_t, None, t_image, None, grid=batch.grid)
+        v_image, _ = self.predict(text, image_t, None, t_image, None, grid=batch.grid)
         terms = self.objective.terms(
             v_image, v_target, None, None, None, None, t_image, None, measured=1.0
         )
         return self.finish(batch, self.objective.total(terms), {})
+
+    def predict(self, *streams: Tensor | None, grid: tuple[int, int]) -> tuple:
+        """The network at `body_dtype`: a cast of its weights for this step, not autocast."""
+        if self.body_dtype == torch.float32:
+            return self.dit(*streams, grid=grid)
+        cast = {
+            name: weight if name.startswith("depth_final_layer.") else weight.to(self.body_dtype)
+            for name, weight in self.dit.named_parameters()
+        }
+        return functional_call(self.dit, cast, streams, {"grid": grid})
 
     def noise_source(self, position: Tensor) -> SampleStreams:
         """One stream per sample, a pure function of (seed, position in the global order)."""

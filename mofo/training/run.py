@@ -1,6 +1,8 @@
 """A run's folder: its frozen configuration, and where it continues from."""
 
+import logging
 import os
+import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +13,13 @@ from mofo.training.checkpoint import newest
 # May differ when a run goes on: how long, on what, and what is written about it.
 FREE = ("trainer", "callbacks", "logger", "resume", "paths", "run_dir", "name")
 FREE_DATA = ("num_workers", "accumulate", "max_bad_fraction")
+
+
+def quieten() -> None:
+    """Silence what Lightning says of itself; warnings about the run still show."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def open_folder(folder: Path, cfg: DictConfig) -> Path | None:

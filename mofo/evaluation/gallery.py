@@ -1,0 +1,87 @@
+"""What numbers do not show: sections of a report with samples, a point cloud and loss curves."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from mofo.data.sample import Sample
+from mofo.evaluation.page import Section, curve
+from mofo.geometry import intrinsics_from_fov, point_cloud, render
+from mofo.picture import depth_picture, enlarge
+from mofo.pipeline import Mofo
+
+CLOUD_SIZE = (256, 256)
+SMOOTHING = 20  # steps that a point of a loss curve averages
+
+
+def from_text(mofo: Mofo, captions: Sequence[str], *, num_steps: int) -> Section:
+    """Joint samples: the picture and its depth, of each caption."""
+    made = mofo.joint(list(captions), num_steps=num_steps)
+    pictures = []
+    for result, caption in zip(made, captions, strict=True):
+        about = f"seed {result.metadata['seed']}: {caption}"
+        depth = depth_picture(result.depth, result.valid)
+        pictures += [(result.image, about), (depth, "its depth")]
+    return ("Picture and depth from text", pictures, "Joint samples: nothing but the text is given.")
+
+
+def from_depth(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Section:
+    """Depth-to-image samples: depth and text of held-out images, and a picture made for them."""
+    made = mofo.depth_to_image(
+        [sample.metres for sample in samples],
+        [sample.caption for sample in samples],
+        valid=[sample.valid for sample in samples],
+        num_steps=num_steps,
+    )
+    pictures = []
+    for result, sample in zip(made, samples, strict=True):
+        given = depth_picture(sample.metres, sample.valid)
+        pictures += [(given, "given depth"), (result.image, f"made for it: {sample.caption}")]
+    return ("Picture from depth", pictures, "Held-out depth and its caption are given.")
+
+
+def cloud(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Section:
+    """Point clouds of predicted depth, seen from aside."""
+    made = mofo.image_to_depth([sample.image for sample in samples], num_steps=num_steps)
+    pictures = []
+    for result, sample in zip(made, samples, strict=True):
+        factor = max(1, CLOUD_SIZE[0] // len(sample.image))
+        intrinsics = sample.intrinsics
+        if intrinsics is None:
+            intrinsics = intrinsics_from_fov(*sample.image.shape[:2])
+        # enlarged, so that the few points of a small picture close into a surface
+        points = point_cloud(
+            _enlarge_map(result.depth, factor),
+            enlarge(sample.image, factor),
+            intrinsics * np.array([[factor], [factor], [1]]),
+            _enlarge_map(result.valid, factor),
+        )
+        pictures += [(sample.image, sample.caption), (render(points, CLOUD_SIZE), "from aside")]
+    return ("Point clouds", pictures, "Depth predicted from the picture alone, unprojected.")
+
+
+def losses(runs: Mapping[str, str | Path]) -> Section:
+    """Loss against step of training runs, each the folder that holds a metrics.jsonl."""
+    series = {}
+    for label, folder in runs.items():
+        rows = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        points = [(row["step"], row["train/loss"]) for row in map(json.loads, rows)]
+        series[label] = _smooth(points)
+    return ("Training", curve(series), f"Loss, each point the mean of {SMOOTHING} steps.")
+
+
+def held_out(samples: Iterable[Sample], count: int) -> list[Sample]:
+    """The first samples that have a wide field of depth measured, for the sections above."""
+    return list(islice((s for s in samples if s.valid is not None and s.valid.mean() > 0.5), count))
+
+
+def _enlarge_map(values: np.ndarray, factor: int) -> np.ndarray:
+    return values.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    chunks = [points[i : i + SMOOTHING] for i in range(0, len(points), SMOOTHING)]
+    return [(chunk[-1][0], float(np.mean([loss for _, loss in chunk]))) for chunk in chunks]

@@ -1,0 +1,371 @@
+"""`Mofo`: the three modes on arrays, files and PIL images; what is saved; what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import SIZE, network, save_release
+
+from mofo.data.sample import decode_image
+from mofo.model import weights
+from mofo.pipeline import Mofo, Result, Tokens, read_depth, read_picture
+
+FEW = {"num_steps": 3}
+FILES = {
+    "rgb.png", "depth_raw.npy", "depth_magma.png", "cloud.glb", "cloud.ply", "metadata.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def mofo(folder: Path) -> Mofo:
+    return Mofo.load(folder, device="cpu")
+
+
+def picture(height: int = 20, width: int = 30) -> np.ndarray:
+    rng = np.random.default_rng(height * width)
+    coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height)))
+
+
+def slope(height: int = 20, width: int = 30) -> np.ndarray:
+    row = np.linspace(2.0, 2.3, height, dtype=np.float32)
+    return np.repeat(row[:, None], width, axis=1)
+
+
+def flat(h: int = 20, w: int = 30) -> Result:
+    """A result whose depth is smooth enough for a cloud."""
+    tokens = Tokens(torch.zeros(1, 24), torch.zeros(1, 64))
+    valid = np.ones((h, w), bool)
+    return Result(
+        image=picture(h, w), depth=slope(h, w), valid=valid, tokens=tokens, metadata={"seed": 3}
+    )
+
+
+def test_joint_makes_a_picture_with_depth_of_the_trained_size(mofo: Mofo) -> None:
+    made = mofo.joint("a kitchen", **FEW)
+    assert made.image.shape == (*SIZE, 3)
+    assert made.depth.shape == made.valid.shape == SIZE
+    assert made.depth.dtype == np.float32
+    assert (made.depth[~made.valid] == 0).all()
+    assert (made.depth[made.valid] > 0).all()
+    assert made.tokens.image.shape == (6, 24)
+    assert made.tokens.depth.shape == (6, 64)
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(mofo: Mofo) -> None:
+    both = mofo.joint(["a kitchen", "a street"], seeds=[5, 9], **FEW)
+    alone = mofo.joint("a street", seeds=9, **FEW)
+    torch.testing.assert_close(both[1].tokens, alone.tokens, atol=1e-5, rtol=1e-5)
+    assert both[1].metadata == alone.metadata
+    assert not torch.allclose(both[0].tokens.image, alone.tokens.image, atol=0.1)
+
+
+def test_another_seed_prompt_or_size_makes_another_sample(mofo: Mofo) -> None:
+    first = mofo.joint("a kitchen", **FEW)
+    for other in (
+        mofo.joint("a kitchen", seeds=1, **FEW),
+        mofo.joint("a street with a tree", **FEW),
+    ):
+        assert not torch.allclose(first.tokens.image, other.tokens.image, atol=1e-4)
+    assert mofo.joint("a kitchen", size=(32, 8), **FEW).image.shape == (32, 8, 3)
+
+
+def test_image_to_depth_answers_at_the_size_of_the_picture(mofo: Mofo) -> None:
+    pictures = [picture(20, 30), picture(*SIZE), picture(1, 50)]
+    made = mofo.image_to_depth(pictures, seeds=[1, 2, 3], **FEW)
+    for given, one in zip(pictures, made, strict=True):
+        assert one.depth.shape == one.valid.shape == given.shape[:2]
+        assert (one.image == given).all()
+    assert [one.metadata["seed"] for one in made] == [1, 2, 3]
+
+
+def test_a_picture_may_be_an_array_a_path_or_a_pil_image(mofo: Mofo, tmp_path: Path) -> None:
+    pixels = picture()
+    Image.fromarray(pixels).save(tmp_path / "in.png")
+    sources = [pixels, tmp_path / "in.png", str(tmp_path / "in.png"), Image.fromarray(pixels)]
+    made = mofo.image_to_depth(sources, seeds=[4] * 4, **FEW)
+    for one in made[1:]:
+        torch.testing.assert_close(one.tokens, made[0].tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "P", "L", "1", "I;16", "LA", "YCbCr"])
+def test_a_picture_of_any_mode_is_read_as_the_file_would_be(mode: str, tmp_path: Path) -> None:
+    if mode == "I;16":
+        image = Image.fromarray((picture()[..., 0].astype(np.uint16) * 257))
+    else:
+        image = Image.fromarray(picture()).convert(mode)
+    path = tmp_path / ("in.tif" if mode in ("CMYK", "YCbCr") else "in.png")
+    image.save(path)
+    assert read_picture(image).shape == (20, 30, 3)
+    assert (read_picture(image) == decode_image(path)).all()
+
+
+def test_a_rotated_pil_image_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(picture()).save(tmp_path / "in.png", exif=exif)
+    with Image.open(tmp_path / "in.png") as image:
+        assert read_picture(image).shape == (30, 20, 3)
+
+
+def test_depth_to_image_keeps_the_depth_and_answers_at_its_size(mofo: Mofo) -> None:
+    made = mofo.depth_to_image(slope() * 1000, "a kitchen", **FEW)
+    assert made.image.shape == (20, 30, 3)
+    np.testing.assert_allclose(made.depth, slope() / slope().mean(), rtol=1e-5)
+    again = mofo.depth_to_image(slope(), "a kitchen", **FEW)
+    torch.testing.assert_close(made.tokens, again.tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_soft_conditioning_differs_and_tends_to_the_hard_one(mofo: Mofo) -> None:
+    hard, softer, softest = (
+        mofo.depth_to_image(slope(), "", log2_alpha=value, **FEW).tokens.image
+        for value in (None, -15.0, -1.0)
+    )
+    assert (softest - hard).abs().mean() > 2 * (softer - hard).abs().mean() > 0
+
+
+def test_holes_in_depth_are_filled_from_the_nearest_pixel_and_counted(mofo: Mofo) -> None:
+    holed = slope(*SIZE)
+    holed[:, 6:12] = np.nan
+    holed[0, 0], holed[0, 1] = -1, np.inf
+    made = mofo.depth_to_image(holed, "", **FEW)
+    assert made.metadata["num_filled"] == (~made.valid).sum() == 16 * 6 + 2
+    whole, _ = mofo.release.codec.encode(torch.from_numpy(slope(*SIZE))[None])
+    assert (made.tokens.depth - whole[0]).abs().max() < 0.02
+    masked = mofo.depth_to_image(slope(*SIZE), "", valid=made.valid, **FEW)
+    torch.testing.assert_close(masked.tokens, made.tokens, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_depth_reaches_the_network_whatever_its_size(mofo: Mofo) -> None:
+    for size in ((160, 240), (8, 12), (160, 12)):
+        sparse = np.zeros(size, np.float32)
+        sparse[::7, ::5] = 3.0
+        made = mofo.depth_to_image(sparse, "", **FEW)
+        assert (made.depth[::7, ::5] == 1).all()
+        torch.testing.assert_close(made.tokens.depth, torch.ones(6, 64))
+
+
+def test_depth_is_read_from_npy_and_16_bit_files(tmp_path: Path) -> None:
+    codes = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(codes).save(tmp_path / name)
+    Image.fromarray(codes.astype(np.float32)).save(tmp_path / "b.tiff")
+    np.save(tmp_path / "a.npy", codes.astype(np.float64))
+    for name in ("a.png", "a.tif", "b.tiff", "a.npy"):
+        metres, valid = read_depth(tmp_path / name)
+        assert (metres == codes).all(), name
+        assert valid.sum() == codes.size - 1
+
+
+def test_metadata_says_what_makes_the_same_again(mofo: Mofo, folder: Path) -> None:
+    made = mofo.joint("a kitchen", seeds=7, log2_alpha=None, **FEW).metadata
+    assert made == json.loads(json.dumps(made))
+    wanted = {"mode": "joint", "prompt": "a kitchen", "seed": 7, "num_steps": 3, "cfg_scale": 4.0}
+    assert wanted.items() <= made.items()
+    assert made["log2_alpha"] is None
+    assert len(made["weights"]) == 16
+    assert made["versions"].keys() == {"mofo", "torch", "python"}
+
+
+def test_saving_writes_every_file(tmp_path: Path) -> None:
+    made = flat()
+    made.save(tmp_path / "new" / "out", fov_deg=50.0)
+    out = tmp_path / "new" / "out"
+    assert {path.name for path in out.iterdir()} == FILES
+    assert (np.array(Image.open(out / "rgb.png")) == made.image).all()
+    depth = np.load(out / "depth_raw.npy")
+    assert depth.dtype == np.float32
+    assert (depth == made.depth).all()
+    written = json.loads((out / "metadata.json").read_text())
+    assert written["seed"] == 3
+    assert written["cloud"]["num_points"] == 600
+    assert written["cloud"]["fov_deg"] == 50.0
+
+
+def test_depth_without_a_surface_is_saved_without_a_cloud(tmp_path: Path) -> None:
+    made = flat()
+    made.save(tmp_path)
+    made.valid[:] = False
+    made.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"cloud.glb", "cloud.ply"}
+    assert "no pixel has depth" in (tmp_path / "metadata.json").read_text()
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch, after: int) -> None:
+    real, left = os.fsync, after
+
+    def full(handle) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        flat().save(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) >= after
+    assert names < FILES - {"metadata.json"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": (20, 24)}, "image is 20x24, but both sides must be multiples of 8"),
+        ({"size": (0, 8)}, "multiples of 8"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 samples"),
+        ({"seeds": -1}, "seed is -1"),
+        ({"num_steps": 0}, "num_steps is 0"),
+    ],
+)
+def test_bad_settings_are_refused(mofo: Mofo, settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        mofo.joint("a kitchen", **settings)
+
+
+def test_lists_that_do_not_match_are_refused(mofo: Mofo) -> None:
+    with pytest.raises(ValueError, match="empty list"):
+        mofo.joint([])
+    with pytest.raises(ValueError, match="2 prompts for 1 inputs"):
+        mofo.image_to_depth([picture()], ["a", "b"])
+    with pytest.raises(ValueError, match="1 valid masks for 2"):
+        mofo.depth_to_image([slope(), slope()], "", valid=[slope() > 0])
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        (np.full((8, 8), np.nan, np.float32), "no valid pixel"),
+        (np.zeros((8, 8), np.uint16), "no valid pixel"),
+        (np.ones((8, 8), np.uint8), "8-bit picture"),
+        (np.ones((8, 8), bool), "8-bit picture"),
+        (np.ones((8, 8, 3), np.float32), "colours"),
+        (np.ones((0, 8), np.float32), r"shape \(0, 8\)"),
+    ],
+)
+def test_what_is_no_depth_is_refused_with_the_reason(depth: np.ndarray, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_depth(depth)
+
+
+def test_a_mask_must_fit_and_mark_only_depth(mofo: Mofo) -> None:
+    with pytest.raises(ValueError, match=r"bool \(9, 8\), but must be bool \(20, 30\)"):
+        mofo.depth_to_image(slope(), "", valid=np.ones((9, 8), bool))
+    holed = slope()
+    holed[2, 3] = np.nan
+    with pytest.raises(ValueError, match="1 pixels are marked valid but are NaN"):
+        mofo.depth_to_image(holed, "", valid=np.ones(holed.shape, bool))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+def test_a_picture_of_depth_is_refused_as_depth(mode: str, tmp_path: Path) -> None:
+    Image.fromarray(picture()).convert(mode).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match=r"depth\.png .*(8-bit|colours)"):
+        read_depth(tmp_path / "depth.png")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.png", "a.tif", "absent.npy", "absent.png"])
+def test_a_broken_depth_file_is_named(name: str, tmp_path: Path) -> None:
+    for broken in ("a.npy", "a.png", "a.tif"):
+        (tmp_path / broken).write_bytes(b"\x93NUMPY\x01\x00broken")
+    with pytest.raises(ValueError, match=f"{name} cannot be read as depth"):
+        read_depth(tmp_path / name)
+
+
+def test_pickled_depth_is_never_opened(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="cannot be read as depth"):
+        read_depth(tmp_path / "a.npy")
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
+        read_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"float32 \(20, 30\)"):
+        read_picture(slope())
+
+
+def test_repeated_prompts_give_one_embedding(mofo: Mofo) -> None:
+    first, second = mofo.encoders.text(["a kitchen", "a kitchen"])
+    assert torch.equal(first, second)
+
+
+def test_a_text_encoder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    folder = save_release(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for use, words in (({}, "Qwen3-8B"), ({"text": "/else/Qwen3-4B"}, "/else/Qwen3-4B")):
+        (folder / "config.json").write_text(json.dumps(config | {"use": use}))
+        with pytest.raises(ValueError, match=f"{words}.*pass text_encoder="):
+            Mofo.load(folder)
+    assert Mofo.load(folder, text_encoder="small").encoders.name == "small"
+
+
+def test_a_folder_that_is_no_release_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder nobody/nothing; accepted"):
+        Mofo.load("nobody/nothing")
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        Mofo.load(tmp_path)
+
+
+def test_a_release_without_its_autoencoder_is_refused(tmp_path: Path) -> None:
+    folder = save_release(tmp_path)
+    (folder / "ae_basis.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no autoencoder"):
+        Mofo.load(folder)
+
+
+def test_encoders_that_do_not_fit_the_network_are_refused(mofo: Mofo) -> None:
+    others = {
+        "text encoder": {"context_in_dim": 32},
+        "autoencoder": {"in_channels": 8},
+    }
+    for part, changes in others.items():
+        release = weights.Release(
+            dit=network(**changes), codec=mofo.release.codec, schedule=mofo.release.schedule
+        )
+        with pytest.raises(ValueError, match=f"trained with another {part}"):
+            Mofo(release=release, encoders=mofo.encoders, folder=mofo.folder)
+    release = weights.Release(
+        dit=network(depth_channels=0, depth_decoder_num_layers=0),
+        codec=mofo.release.codec,
+        schedule=mofo.release.schedule,
+    )
+    with pytest.raises(ValueError, match="base without depth"):
+        Mofo(release=release, encoders=mofo.encoders, folder=mofo.folder)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(folder: Path, device: str) -> None:
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="device is"):
+        Mofo.load(folder, device=device)
+
+
+def test_half_precision_keeps_the_depth_head_in_float32(folder: Path) -> None:
+    mofo = Mofo.load(folder, device="cpu", dtype=torch.bfloat16)
+    assert mofo.release.dit.dtype == torch.bfloat16
+    assert mofo.release.dit.depth_final_layer.linear.weight.dtype == torch.float32
+    made = mofo.joint("a kitchen", **FEW)
+    assert made.depth.dtype == np.float32
+    assert made.metadata["dtype"] == "bfloat16"
+
+
+def test_the_shipped_model_draws_a_room_with_depth() -> None:
+    """Needs the weights in mofo/small."""
+    made = Mofo.load("small", device="cpu").joint("a room with a red sofa", num_steps=10)
+    assert made.image.shape == (64, 64, 3)
+    assert made.valid.mean() > 0.95
+    assert made.image.std() > 10

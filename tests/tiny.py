@@ -1,0 +1,48 @@
+"""A release folder with a tiny random network and the shipped encoders, for tests of its users."""
+
+from pathlib import Path
+
+import torch
+
+from mofo.depth import DepthCodec
+from mofo.model import autoencoder
+from mofo.model.dit import DiTConfig, ThreeStreamDiT
+from mofo.model.weights import Release
+from mofo.schedule import Schedule
+from mofo.training.export import write
+
+CONFIG = {
+    "in_channels": 24,
+    "depth_channels": 64,
+    "context_in_dim": 64,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "depth_double": 1,
+    "depth_single": 1,
+    "depth_decoder_num_layers": 1,
+    "axes_dim": [2, 2, 2, 2],
+}
+SIZE = (16, 24)
+
+
+def network(seed: int = 0, **changes) -> ThreeStreamDiT:
+    """Every weight random, so that nothing is hidden behind a zero gate; depth near the mean."""
+    rng = torch.Generator().manual_seed(seed)
+    dit = ThreeStreamDiT(DiTConfig(**CONFIG | changes)).eval()
+    for parameter in dit.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=rng) * 0.1
+    return dit
+
+
+def release(seed: int = 0, **changes) -> Release:
+    return Release(
+        dit=network(seed, **changes),
+        codec=DepthCodec(patch_size=8),
+        schedule=Schedule(),
+        use={"image_size": list(SIZE), "text": "small"},
+    )
+
+
+def save_release(folder: Path) -> Path:
+    write(release(), autoencoder.load("small"), folder)
+    return folder

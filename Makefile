@@ -34,12 +34,24 @@ $(STAMP): pyproject.toml $(LOCK)
 	@touch $@
 
 demo: $(STAMP)       ## post-train the small model for minutes, write a page of results
-	$(VENV)/bin/python train.py experiment=demo
-	@echo "open runs/demo/report.html"
+	$(call run-demo,demo,)
 
 demo-short: $(STAMP) ## the same path in a few steps, for CI
-	rm -rf runs/demo-short
-	$(VENV)/bin/python train.py experiment=demo name=demo-short trainer.max_steps=20
+	rm -rf runs/demo-short runs/demo-short_scratch
+	$(call run-demo,demo-short,$(SHORT))
+
+# Train from the base and, for comparison, from random weights; score both and the shipped model.
+define run-demo
+	$(VENV)/bin/python train.py experiment=demo name=$(1) $(2)
+	$(VENV)/bin/python train.py experiment=demo name=$(1)_scratch init_from=null $(2)
+	$(VENV)/bin/python evaluate.py name=$(1) run_dir=runs/$(1) limit=$(if $(2),8,128) \
+	  model=runs/$(1)/export label='"post-trained here"' \
+	  'also={"from random weights": runs/$(1)_scratch/export, "shipped model": small}' \
+	  'losses={"from the base": runs/$(1), "from random weights": runs/$(1)_scratch}'
+	@echo "open runs/$(1)/report.html"
+endef
+SHORT = trainer.max_steps=4 data.sources.scenes.make.count=40 \
+  data.sources.scenes.shards=data/made/scenes_short
 
 test: $(STAMP)       ## the tests, on CPU and without network (ARGS: passed to pytest)
 	$(VENV)/bin/pytest -q $(ARGS)

@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL import Image
 
 from mofo.evaluation import gallery, predictors
 from mofo.evaluation.benchmark import read_samples, training_row
@@ -40,10 +41,12 @@ def main(cfg: DictConfig) -> None:
     sections = []
     if cfg.captions:
         mofo, samples = models[cfg.label], gallery.held_out(read_samples(rows[0]), 4)
+        shown = gallery.clouds(mofo, samples, num_steps=cfg.num_steps)
+        Image.fromarray(gallery.poster(shown[:2])).save(folder / "poster.png")
         sections = [
             gallery.from_text(mofo, cfg.captions, num_steps=cfg.drawing_steps),
             gallery.from_depth(mofo, samples, num_steps=cfg.drawing_steps),
-            gallery.cloud(mofo, samples, num_steps=cfg.num_steps),
+            gallery.cloud_section(shown),
         ]
     if cfg.losses:
         sections.append(gallery.losses(cfg.losses))

@@ -1,7 +1,7 @@
 """Networks that never learn: `Encoders` and `Teacher`.
 
-Plain holders, not modules: they stay out of checkpoints, optimiser, `.train()` and `.to()` of
-whoever holds them, and move to the device of what they are given.
+Plain holders, not modules: they stay out of checkpoints, optimiser and `.train()` of whoever holds
+them, who also moves them.
 """
 
 import torch
@@ -31,6 +31,10 @@ class Encoders:
         self.text_encoder = texts.load(text, device=device, dtype=dtype)
         self.autoencoder = autoencoders.load(autoencoder, device=device, dtype=dtype)
 
+    def to(self, device: torch.device | str) -> None:
+        self.text_encoder.to(device)
+        self.autoencoder.to(device)
+
     @torch.no_grad()
     def text(self, captions: list[str]) -> Float[Tensor, "b lt c"]:
         return self.text_encoder.encode(captions)
@@ -53,6 +57,9 @@ class Teacher:
     def __init__(self, dit: ThreeStreamDiT) -> None:
         self.dit = dit.eval().requires_grad_(False)
 
+    def to(self, device: torch.device | str) -> None:
+        self.dit.to(device)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -62,7 +69,5 @@ class Teacher:
         *,
         grid: tuple[int, int],
     ) -> Float[Tensor, "b l c"]:
-        if self.dit.img_in.weight.device != image_t.device:
-            self.dit.to(image_t.device)
         v_image, _ = self.dit(text, image_t, None, t_image, None, grid=grid)
         return v_image.float()

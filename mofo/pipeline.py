@@ -430,7 +430,7 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _stretch(picture: Picture, size: tuple[int, ...]) -> Picture:
+def _stretch(picture: Picture, size: tuple[int, ...]) -> UInt8[np.ndarray, "h2 w2 3"]:
     if picture.shape[:2] == size:
         return picture
     resized = Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS)

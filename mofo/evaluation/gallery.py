@@ -10,10 +10,10 @@ import numpy as np
 from mofo.data.sample import Sample
 from mofo.evaluation.page import Section, curve
 from mofo.geometry import intrinsics_from_fov, point_cloud, render
-from mofo.picture import depth_picture, enlarge
+from mofo.picture import Picture, depth_picture, enlarge, grid
 from mofo.pipeline import Mofo
 
-CLOUD_SIZE = (256, 256)
+SIDE = 256  # pixels of a picture with a point cloud
 SMOOTHING = 20  # steps that a point of a loss curve averages
 
 
@@ -25,7 +25,7 @@ def from_text(mofo: Mofo, captions: Sequence[str], *, num_steps: int) -> Section
         about = f"seed {result.metadata['seed']}: {caption}"
         depth = depth_picture(result.depth, result.valid)
         pictures += [(result.image, about), (depth, "its depth")]
-    return ("Picture and depth from text", pictures, "Joint samples: nothing but the text is given.")
+    return ("Picture and depth from text", pictures, "Joint: only text is given.")
 
 
 def from_depth(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Section:
@@ -43,24 +43,40 @@ def from_depth(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Sect
     return ("Picture from depth", pictures, "Held-out depth and its caption are given.")
 
 
-def cloud(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Section:
-    """Point clouds of predicted depth, seen from aside."""
+def clouds(
+    mofo: Mofo, samples: Sequence[Sample], *, num_steps: int
+) -> list[tuple[Picture, Picture, Picture]]:
+    """Of each sample: the picture, its predicted depth, and the point cloud of both from aside."""
     made = mofo.image_to_depth([sample.image for sample in samples], num_steps=num_steps)
-    pictures = []
+    shown = []
     for result, sample in zip(made, samples, strict=True):
-        factor = max(1, CLOUD_SIZE[0] // len(sample.image))
+        factor = max(1, SIDE // len(sample.image))
         intrinsics = sample.intrinsics
         if intrinsics is None:
             intrinsics = intrinsics_from_fov(*sample.image.shape[:2])
         # enlarged, so that the few points of a small picture close into a surface
+        image = enlarge(sample.image, factor)
         points = point_cloud(
             _enlarge_map(result.depth, factor),
-            enlarge(sample.image, factor),
+            image,
             intrinsics * np.array([[factor], [factor], [1]]),
             _enlarge_map(result.valid, factor),
         )
-        pictures += [(sample.image, sample.caption), (render(points, CLOUD_SIZE), "from aside")]
-    return ("Point clouds", pictures, "Depth predicted from the picture alone, unprojected.")
+        depth = enlarge(depth_picture(result.depth, result.valid), factor)
+        shown.append((image, depth, render(points, image.shape[:2])))
+    return shown
+
+
+def cloud_section(shown: Sequence[tuple[Picture, Picture, Picture]]) -> Section:
+    pictures = []
+    for image, _, points in shown:
+        pictures += [(image, "image"), (points, "its point cloud")]
+    return ("Point clouds", pictures, "Depth predicted from the image alone, seen from aside.")
+
+
+def poster(shown: Sequence[tuple[Picture, Picture, Picture]]) -> Picture:
+    """One picture for the top of a README: image, depth and point cloud, a row per sample."""
+    return grid(shown, ["image", "depth, predicted from it", "point cloud of both"])
 
 
 def losses(runs: Mapping[str, str | Path]) -> Section:

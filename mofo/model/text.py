@@ -115,6 +115,11 @@ class Qwen3Text:
             del self._cache[caption]
         return torch.stack([rows[caption] for caption in captions])
 
+    def to(self, device: str | torch.device) -> None:
+        """Move the network; what it said before is forgotten."""
+        self.model.to(device)
+        self._cache.clear()
+
     @torch.no_grad()
     def _run(self, caption: str) -> Float[Tensor, "lt c"]:
         """One caption at a time: in a batch, its neighbours would show in the last bits, and a
@@ -154,6 +159,10 @@ class SmallText:
         """One token per word, then padding; words after the last token are dropped."""
         rows = [_small_tokens(caption) for caption in captions]
         return torch.stack(rows).to(self.device, self.dtype)
+
+    def to(self, device: str | torch.device) -> None:
+        """Give tokens on another device."""
+        self.device = device
 
 
 @lru_cache(maxsize=4096)

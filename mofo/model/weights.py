@@ -95,10 +95,10 @@ def grow(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
     cross-time MLPs are fresh, the cross alphas 0. Without depth the output is exactly the base's.
     """
     tensors = read_base(path)
-    stated = _stated(base)
+    stated = _stated(path)
     if stated is not None:
         # What no tensor's shape shows; the rest is compared below.
-        _agree(stated, config, base, names=("num_heads", "axes_dim", "theta"))
+        _agree(stated, config, path, names=("num_heads", "axes_dim", "theta"))
     with torch.device("meta"):
         dit = ThreeStreamDiT(config)
     wanted = dit.state_dict()
@@ -108,9 +108,9 @@ def grow(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
     for name, blank in wanted.items():
         source = _origin(name, config)
         if name in tensors:
-            state[name] = tensors[name].float()
+            state[name] = tensors[name].to(torch.float32, copy=True)
         elif source in tensors:
-            state[name] = tensors[source].float().clone()
+            state[name] = tensors[source].to(torch.float32, copy=True)
         else:
             state[name] = _fresh(name, blank.shape)
     dit.load_state_dict(state, assign=True)

@@ -64,15 +64,19 @@ class ModalityForcing(LightningModule):
         if self.config.depth_channels and self.objective.has_teacher:
             self.teacher = Teacher(weights.text_to_image(self.init_from))
 
+    def on_fit_start(self) -> None:
+        for frozen in filter(None, (self.encoders, self.teacher)):
+            frozen.to(self.device)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         rng = self.noise_source(batch.position)
         text = self.encoders.text(batch.caption)
         image = self.encoders.image(batch.image)
+        if not self.config.depth_channels:
+            return self.text_to_image_step(batch, text, image, rng)
 
         # Independent times are the method: one model learns every conditional at once.
         t_image, t_depth = self.objective.times(len(image), rng)
-        if not self.config.depth_channels:
-            return self.text_to_image_step(batch, text, image, t_image, rng)
         depth, valid = self.codec.encode(batch.metres, batch.valid)
         image_t, v_target = flow.corrupt(image, t_image, rng)
         mean = self.codec.depth_value_scale
@@ -88,9 +92,10 @@ class ModalityForcing(LightningModule):
         return self.finish(batch, self.objective.total(terms), terms._asdict())
 
     def text_to_image_step(
-        self, batch: Batch, text: Tensor, image: Tensor, t_image: Tensor, rng: SampleStreams
+        self, batch: Batch, text: Tensor, image: Tensor, rng: SampleStreams
     ) -> Tensor:
-        """Stage 1: depth is absent."""
+        """Stage 1: depth is absent, and the image is never given."""
+        t_image = self.objective.image_schedule.sample(len(image), rng)
         image_t, v_target = flow.corrupt(image, t_image, rng)
         v_image, _ = self.predict(text, image_t, None, t_image, None, grid=batch.grid)
         terms = self.objective.terms(

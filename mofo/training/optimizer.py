@@ -28,13 +28,9 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
-            raise ValueError(
-                f"optimizer.decay is {self.decay!r}; accepted: {', '.join(DECAYS)}"
-            )
+            raise ValueError(f"optimizer.decay is {self.decay!r}; accepted: {', '.join(DECAYS)}")
 
-    def build(
-        self, network: nn.Module, max_steps: int
-    ) -> tuple[torch.optim.AdamW, LambdaLR]:
+    def build(self, network: nn.Module, max_steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
         """Optimiser and per-step schedule for the trainable parameters of `network`."""
         if self.decay == "cosine" and max_steps <= 0:
             raise ValueError(f"a cosine needs an end, but trainer.max_steps is {max_steps}")

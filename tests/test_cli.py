@@ -1,0 +1,301 @@
+"""The `mofo` command: fast help, every mode from the shell to files, one line for every mistake."""
+
+import json
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from tiny import CONFIG, SIZE, network, save_release
+
+from mofo.cli import _names, _parser, find, main
+from mofo.model import weights
+from mofo.pipeline import Mofo
+from mofo.training.callbacks import EMA
+
+ROOT = Path(__file__).parents[1]
+FEW = ["--num-steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    inside = tmp_path / "in"
+    inside.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(inside / "a.png")
+    Image.fromarray(pixels[:, :10]).convert("CMYK").save(inside / "b.jpg")
+    np.save(inside / "slope.npy", np.linspace(2, 2.3, 600).reshape(20, 30))
+    return inside
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder as training leaves it: frozen config and a checkpoint with an average."""
+    changes = [f"model.{name}={value}" for name, value in CONFIG.items()]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [*changes, "name=tiny", f"data.size=[{SIZE[0]},{SIZE[1]}]"])
+    raw, average = network(1).state_dict(), network(2).state_dict()
+    where = tmp_path / "run"
+    (where / "checkpoints").mkdir(parents=True)
+    OmegaConf.save(
+        OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]), where / "config.yaml"
+    )
+    state = {
+        "state_dict": {f"dit.{name}": tensor for name, tensor in raw.items()},
+        "callbacks": {EMA(decay=0.9).state_key: {"num_updates": 5, "average": average}},
+    }
+    torch.save(state, where / "checkpoints" / "step_00000005.ckpt")
+    return where
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """What a refused command line prints, which must not be a traceback."""
+    assert main([str(one) for one in argv]) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.err.startswith("mofo ")
+    return said.err
+
+
+def test_help_answers_in_half_a_second_and_teaches() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    made = subprocess.run(
+        [sys.executable, "-m", "mofo.cli", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: a busy machine must not fail a fast program.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    for words in (
+        "mofo joint --prompt",
+        "mofo i2d --image",
+        "mofo d2i --depth",
+        "export",
+        "0 = no",
+    ):
+        assert words in made.stdout
+
+
+def test_joint_runs_from_the_shell(folder: Path, tmp_path: Path) -> None:
+    argv = ["-m", "mofo.cli", "joint", "--model", folder, "--prompt", "a kitchen", *FEW]
+    made = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert made.returncode == 0, made.stderr
+    [out] = (tmp_path / "outputs").glob("*-joint/a-kitchen")
+    assert f"a kitchen -> {out.relative_to(tmp_path)}" in made.stdout
+    assert {"rgb.png", "depth_raw.npy", "depth_magma.png", "metadata.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    metadata = json.loads((out / "metadata.json").read_text())
+    assert metadata["input"] == "a kitchen"
+    assert metadata["command"] == shlex.join(["mofo", *map(str, argv[2:])])
+
+
+def test_i2d_takes_files_folders_and_patterns_and_skips_what_is_broken(
+    folder: Path, inputs: Path, tmp_path: Path, capsys
+) -> None:
+    (inputs / "broken.png").write_bytes(b"nothing")
+    out = tmp_path / "out"
+    sources = [str(inputs), str(inputs / "*.jpg"), str(inputs / "a.png")]
+    argv = ["i2d", "--model", str(folder), "--output-dir", str(out), "--image", *sources, *FEW]
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert "broken.png cannot be read as a picture" in said.err
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b"]
+    assert np.load(out / "a" / "depth_raw.npy").shape == (20, 30)
+    assert np.load(out / "b" / "depth_raw.npy").shape == (20, 10)
+    assert said.out.count(" s)") == 2
+
+
+def test_d2i_and_several_samples(folder: Path, inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main([
+        "d2i", "--model", str(folder), "--depth", str(inputs / "slope.npy"), "--prompt", "a wall",
+        "--num-samples", "2", "--seed", "4", "--log2-alpha", "-8", "--sor", "--fov-deg", "50",
+        "--output-dir", str(out), *FEW,
+    ])  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == ["slope-seed4", "slope-seed5"]
+    written = json.loads((out / "slope-seed5" / "metadata.json").read_text())
+    assert {"mode": "d2i", "seed": 5, "log2_alpha": -8.0, "prompt": "a wall"}.items() <= (
+        written.items()
+    )
+    assert written["cloud"]["fov_deg"] == 50.0
+    assert written["cloud"]["drop_outliers"] is True
+    assert written["cloud"]["num_points"] > 0
+    assert (out / "slope-seed5" / "cloud.glb").exists()
+
+
+def test_resolution_is_the_networks_square(folder: Path, tmp_path: Path, capsys) -> None:
+    argv = ["joint", "--model", folder, "--prompt", "a", *FEW, "--output-dir", tmp_path / "out"]
+    assert main([str(one) for one in [*argv, "--resolution", "8"]]) == 0
+    assert np.load(tmp_path / "out" / "a" / "depth_raw.npy").shape == (8, 8)
+    said = refused(capsys, [*argv[:-1], tmp_path / "none", "--resolution", "20"])
+    assert "image is 20x20, but both sides must be multiples of 8" in said
+    assert not (tmp_path / "none").exists()
+
+
+def test_mistakes_are_one_line_and_write_nothing(
+    folder: Path, inputs: Path, tmp_path: Path, capsys
+) -> None:
+    out = ["--output-dir", tmp_path / "out", "--model", folder, *FEW]
+    for argv, words in (
+        (["joint", "--prompt", "a", *out[:2], "--model", tmp_path], "is no release folder"),
+        (
+            ["joint", "--prompt", "a", *out[:2], "--model", "no/where"],
+            "there is no folder no/where",
+        ),
+        (["joint", "--prompt", "a", *out, "--device", "gpu"], "device is 'gpu'"),
+        (["joint", "--prompt", "a", *out, "--text-encoder", "no/where"], "no/where"),
+        (["joint", "--prompt", "a", *out, "--seed", "-1"], "seed is -1"),
+        (["i2d", "--image", inputs / "none*", *out], "matches no file"),
+        (["d2i", "--depth", tmp_path, "--prompt", "", *out], "holds no .npy"),
+        (["d2i", "--depth", inputs / "a.png", "--prompt", "", *out], "colours"),
+    ):
+        assert words in refused(capsys, argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_named(tmp_path: Path, capsys) -> None:
+    folder = save_release(tmp_path / "release")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    argv = ["joint", "--prompt", "a", "--model", folder, "--output-dir", tmp_path / "out", *FEW]
+    assert "model.safetensors is not a complete safetensors file" in refused(capsys, argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["paint"],
+        ["joint"],
+        ["joint", "--prompt", "a", "--refine"],
+        ["joint", "--prompt", "a", "--num-samples", "0"],
+        ["i2d", "--image", "a.png", "--fov-deg", "180"],
+        ["convert", "unknown", "--out", "x"],
+    ],
+)
+def test_unknown_words_and_values_exit_with_2(argv: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert "usage: mofo" in capsys.readouterr().err
+
+
+def test_folder_names_differ_and_stay_inside() -> None:
+    sources = [Path("x/a.png"), Path("y/a.jpg"), Path("...png"), "../a b!", "../A b", ""]
+    assert _names(sources) == ["a", "a-2", "input", "a-b", "a-b-2", "no-prompt"]
+    assert len(_names(["word " * 100])[0]) < 50
+
+
+def test_find_keeps_the_order_and_drops_repeats(inputs: Path) -> None:
+    assert find([str(inputs / "b.jpg"), str(inputs)], (".png", ".jpg")) == [
+        inputs / "b.jpg",
+        inputs / "a.png",
+    ]
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("ema", 2), ("raw", 1)])
+def test_an_exported_run_is_what_was_trained(run: Path, tmp_path: Path, kind, seed) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--out", str(out), "--weights", kind, "--dtype", "fp32"]) == 0
+    wanted, mofo = network(seed).state_dict(), Mofo.load(out, device="cpu")
+    for name, tensor in mofo.release.dit.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert mofo.size == SIZE
+    assert mofo.release.schedule.rgb_shift_mu == 1.1
+    assert mofo.joint("a kitchen", num_steps=2).depth.shape == SIZE
+
+
+def test_export_load_export_keeps_every_byte_of_the_tensors(run: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    main(["export", str(run), "--out", str(first)])
+    assert {path.name for path in first.iterdir()} == {
+        "config.json", "model.safetensors", "ae_basis.safetensors",
+    }  # fmt: skip
+    release = weights.load(first, dtype=torch.bfloat16)
+    weights.save(release, second)
+    before = weights.read_tensors(first / "model.safetensors")
+    after = weights.read_tensors(second / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        head = name.startswith("dit.depth_final_layer.")
+        assert tensor.dtype == after[name].dtype == (torch.float32 if head else torch.bfloat16)
+        assert torch.equal(tensor, after[name])
+    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
+    shipped = ROOT / "mofo" / "small" / "ae_basis.safetensors"
+    for name, tensor in weights.read_tensors(shipped).items():
+        kept = weights.read_tensors(first / "ae_basis.safetensors")[name]
+        assert torch.equal(kept, tensor)
+
+
+def test_an_export_never_replaces_a_release(run: Path, folder: Path, capsys) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    assert "holds a release already" in refused(capsys, ["export", run, "--out", folder])
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_cannot_be_exported_says_why(run: Path, tmp_path: Path, capsys) -> None:
+    argv = ["export", run, "--out", tmp_path / "out"]
+    absent = ["export", tmp_path / "absent", "--out", tmp_path / "out"]
+    assert "is no training run" in refused(capsys, absent)
+
+    checkpoint = run / "checkpoints" / "step_00000005.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"callbacks": {}}, checkpoint)
+    assert "--weights raw" in refused(capsys, argv)
+
+    cfg = OmegaConf.load(run / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(cfg, {"model": {"hidden_size": 64}}), run / "config.yaml")
+    assert "axes_dim" in refused(capsys, argv)
+    OmegaConf.save({"model": cfg.model, "data": {"size": [64, 64]}}, run / "config.yaml")
+    assert "lacks encoders.text, encoders.autoencoder" in refused(capsys, argv)
+    OmegaConf.save(cfg, run / "config.yaml")
+    checkpoint.unlink()
+    assert "no readable checkpoint" in refused(capsys, argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_makes_a_set_once(tmp_path: Path, capsys) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("bookshelf\n")
+    argv = ["convert", "samples", "--keys", str(keys), "--out", str(tmp_path / "set")]
+    argv += ["--folder", str(ROOT / "data" / "samples")]
+    assert main(argv) == 0
+    assert (tmp_path / "set" / "manifest.json").exists()
+    assert main(argv) == 0
+    assert "finished already" in capsys.readouterr().out
+    scenes = ["convert", "generated", "--count", "2", "--split", "none", "--out", tmp_path / "no"]
+    assert "split is 'none'" in refused(capsys, scenes)
+
+
+def test_every_option_has_a_help_text() -> None:
+    modes = _parser()._subparsers._group_actions[0].choices
+    for mode in modes.values():
+        for action in mode._actions:
+            assert action.help or action.dest == "name", action
+            assert len(mode.format_help()) > 100
+
+
+def test_joint_works_offline_with_the_shipped_model(tmp_path: Path) -> None:
+    """Needs the weights in mofo/small."""
+    out = tmp_path / "out"
+    argv = ["joint", "--prompt", "a street with a red car", "--output-dir", str(out), *FEW]
+    assert main(argv) == 0
+    assert Image.open(out / "a-street-with-a-red-car" / "rgb.png").size == (64, 64)

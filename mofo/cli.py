@@ -95,7 +95,7 @@ def export(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     from mofo.data.make import make
 
-    names = {"samples": ("keys", "folder"), "generated": ("split", "count", "seed", "size")}
+    names = {"samples": ("keys",), "generated": ("split", "count", "seed", "size")}
     options = {name: getattr(args, name) for name in names[args.name]}
     made = make(args.out, converter=args.name, samples_per_shard=args.samples_per_shard, **options)
     print(f"{args.name} -> {args.out}" if made else f"{args.out} is finished already")
@@ -247,7 +247,6 @@ def _add_converters(mode: argparse.ArgumentParser) -> None:
     names = mode.add_subparsers(dest="name", metavar="NAME", required=True)
     real = names.add_parser("samples", help="the photographs of data/samples")
     real.add_argument("--keys", required=True, help="a file with the names to take, one a line")
-    real.add_argument("--folder", default="data/samples", help="(default: %(default)s)")
     scenes = names.add_parser("generated", help="ray-cast rooms and streets")
     scenes.add_argument("--split", default="train", help="train or test (default: %(default)s)")
     scenes.add_argument("--count", type=int, required=True, help="how many")

@@ -33,8 +33,10 @@ class SampleStreams:
         self._generators = [_generator(_mix(seed, int(p))) for p in position]
 
     @classmethod
-    def from_seeds(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> "SampleStreams":
-        """Streams that start exactly at the given seeds: what a user types to see a picture again."""
+    def from_seeds(
+        cls, seeds: Sequence[int], device: torch.device | str = "cpu"
+    ) -> "SampleStreams":
+        """Streams that start exactly at these seeds: what a user types to see a picture again."""
         streams = cls(0, (), device)
         streams._generators = [_generator(seed) for seed in seeds]
         return streams

@@ -67,9 +67,7 @@ class Objective:
     def has_teacher(self) -> bool:
         return self.teacher_weight_noisy > 0 or self.teacher_weight_clean > 0
 
-    def times(
-        self, n: int, rng: SampleStreams
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+    def times(self, n: int, rng: SampleStreams) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
         """(t_image, t_depth) of each sample; 0 marks what is given."""
         mode = rng.uniform()
         t_image = self.image_schedule.sample(n, rng)
@@ -144,7 +142,5 @@ def masked_mean(
     return total / count.clamp(min=1)
 
 
-def _mean_square(
-    error: Float[Tensor, "b l c"], weight: Float[Tensor, "b"]
-) -> Float[Tensor, ""]:
+def _mean_square(error: Float[Tensor, "b l c"], weight: Float[Tensor, "b"]) -> Float[Tensor, ""]:
     return (error.square().mean((1, 2)) * weight).mean()

@@ -11,7 +11,6 @@ generated is stretched back, pictures filtered, depth by nearest pixel. Depth is
 about 1; it is 0 where it is not valid.
 """
 
-import hashlib
 import io
 import json
 import platform
@@ -78,7 +77,8 @@ class Result:
         """
         folder = Path(folder)
         intrinsics = intrinsics_from_fov(*self.depth.shape, fov_deg)
-        cloud, about = None, {"fov_deg": fov_deg, "drop_outliers": drop_outliers}
+        about: dict[str, Any] = {"fov_deg": fov_deg, "drop_outliers": drop_outliers}
+        cloud = None
         try:
             cloud = point_cloud(
                 self.depth, self.image, intrinsics, self.valid, drop_outliers=drop_outliers
@@ -264,13 +264,8 @@ class Mofo:
 
     @cached_property
     def weights_hash(self) -> str:
-        """16 hexadecimal digits of the sha256 of the network's files, all shards in order."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.glob("model*.safetensors")):
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        return digest.hexdigest()[:16]
+        """Names the weights in metadata."""
+        return weights.digest(self.folder)
 
     def _call(self, mode, prompt, count, seeds, size, num_steps, cfg_scale, log2_alpha) -> _Call:
         if not count:

@@ -47,7 +47,7 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal:
-    """Training times: a standard logit-normal draw through the shift, so logit(t) ~ N(mu, sigma)."""
+    """Training times: a standard logit-normal draw, shifted, so logit(t) ~ N(mu, sigma)."""
 
     mu: float = 1.1
     sigma: float = 1.0

@@ -32,8 +32,8 @@ LEVEL_0 = tuple(f"mofo/{part}.py" for part in LEVELS[0])
 DOORS: dict[str, tuple[str, ...]] = {
     "lightning": ("mofo/training/", "mofo/data/module.py", "train.py"),
     "pytorch_lightning": (),
-    "hydra": ("train.py", "evaluate.py", "mofo/training/export.py", "mofo/training/plan.py"),
-    "omegaconf": ("train.py", "evaluate.py", "mofo/training/export.py", "mofo/training/plan.py"),
+    "hydra": ("train.py", "evaluate.py", "mofo/training/export.py"),
+    "omegaconf": ("train.py", "evaluate.py", "mofo/training/export.py", "mofo/training/run.py"),
     "transformers": (
         "mofo/model/text.py",
         "mofo/data/caption.py",
@@ -160,7 +160,7 @@ def test_a_dependency_is_imported_only_at_its_door(path: Path) -> None:
 
 def test_every_import_is_declared_in_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["demo"]
+    wanted = project["dependencies"]
     declared = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}
     known = {*sys.stdlib_module_names, "mofo"}
     tops = {name.split(".")[0] for path in PACKAGE + ENTRIES for _, name in imports_of(path)}

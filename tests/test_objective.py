@@ -80,9 +80,7 @@ def test_unmeasured_metres_never_reach_loss_or_statistics() -> None:
     valid = metres > 1.4
     losses = []
     for junk in (torch.nan, torch.inf, -5.0, 0.0, 1e30):
-        depth, measured = DepthCodec(patch_size=2).encode(
-            torch.where(valid, metres, junk), valid
-        )
+        depth, measured = DepthCodec(patch_size=2).encode(torch.where(valid, metres, junk), valid)
         given = {name: one[:1] for name, one in tensors().items()}
         given |= {"depth": depth, "valid": measured, "x_depth": torch.zeros(1, 6, 4)}
         losses.append(terms(given).depth)

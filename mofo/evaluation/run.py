@@ -5,7 +5,6 @@ lie small pictures of a few images. An image that cannot be scored gets a line w
 is listed and never averaged.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from mofo.data.sample import Sample
 from mofo.evaluation.benchmark import Row
 from mofo.metrics import align, compare
-from mofo.model.weights import SMALL
+from mofo.model.weights import digest
 from mofo.picture import Picture, depth_picture, disparity_limits, error_picture
 
 LINES = "lines.jsonl"
@@ -60,22 +59,8 @@ def origin(weights: Mapping[str, str | Path]) -> Origin:
         command=" ".join(["python", *sys.argv]),
         commit=_commit(),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        weights={name: weights_hash(folder) for name, folder in weights.items()},
+        weights={name: digest(folder) for name, folder in weights.items()},
     )
-
-
-def weights_hash(folder: str | Path) -> str:
-    """16 hexadecimal digits of the sha256 of a release's network, all its shards in order."""
-    folder = SMALL if str(folder) == "small" else Path(folder)
-    paths = sorted(folder.glob("model*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} has no model*.safetensors; give a release folder, or 'small'")
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def run(

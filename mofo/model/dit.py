@@ -127,7 +127,8 @@ class ThreeStreamDiT(nn.Module):
             [single_depth] = self.single_stream_modulation_depth(vec_depth)
             single = layers.by_token([single, single_depth], [num_text + num_image, num_image])
 
-        streams = {"txt": self.txt_in(text.to(self.dtype)), "img": self.img_in(image.to(self.dtype))}
+        streams = {"txt": self.txt_in(text.to(self.dtype))}
+        streams["img"] = self.img_in(image.to(self.dtype))
         if depth is not None:
             streams["depth"] = self.depth_in(depth.to(self.dtype))
         ids = layers.position_ids(num_text, grid, len(streams) - 1, text.device)

@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 def position_ids(
     num_text: int, grid: tuple[int, int], num_maps: int, device: torch.device
 ) -> Float[Tensor, "l 4"]:
-    """Four axes (modality, row, column, sequence) for [text, image, depth]; `num_maps` is 1 or 2."""
+    """Four axes (modality, row, column, sequence) of [text, image, depth]; `num_maps`: 1 or 2."""
     text = torch.zeros(num_text, 4, device=device)
     text[:, 3] = torch.arange(num_text, device=device)
     rows, cols = torch.meshgrid(
@@ -84,7 +84,7 @@ class TimeMLP(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a time embedding does to a block's input and output: (b, 1, d), or (b, l, d) by token."""
+    """What a time embedding does to a block: each (b, 1, d), or (b, l, d) by token."""
 
     shift: Tensor
     scale: Tensor  # 1 is already added

@@ -1,10 +1,11 @@
-"""Weights on disk: `load` and `save` release folders, `grow` a text-to-image base into three streams.
+"""Weights on disk: `load` and `save` release folders, `grow` a text-to-image base.
 
 A release folder holds `config.json` and `model.safetensors` (one file, or shards listed in
 `model.safetensors.index.json`), every tensor under `dit.`. Loading is strict, builds the network
 on the meta device and assigns tensors one by one, so two copies never exist. Only safetensors.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -56,7 +57,10 @@ def load(
     dtype: torch.dtype = torch.float32,
     head_dtype: torch.dtype = torch.float32,
 ) -> Release:
-    """A release folder, or "small" or "small_base" for the shipped ones; the depth head gets its own dtype."""
+    """A release folder, or "small" or "small_base" for the shipped ones.
+
+    The depth head gets its own dtype.
+    """
     folder = _folder(path)
     config = _read_config(folder)
     dit_config, codec, schedule = _parse(config, folder)
@@ -68,7 +72,7 @@ def load(
 
 
 def save(release: Release, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` with the released names, in the tensors' dtypes."""
+    """Write `config.json` and `model.safetensors`: released names, the tensors' own dtypes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {PREFIX + k: v.detach().cpu() for k, v in release.dit.state_dict().items()}
@@ -193,8 +197,22 @@ def assign(
         network.load_state_dict({target: value}, strict=False, assign=True)
 
 
+def digest(path: str | Path) -> str:
+    """16 hexadecimal digits of the sha256 of a release's network, all its shards in order."""
+    folder = _folder(path)
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no model*.safetensors; give a release folder, or 'small'")
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                sha.update(block)
+    return sha.hexdigest()[:16]
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of the shards its `.index.json` lists; memory-mapped."""
+    """All tensors of a safetensors file, or of the shards in its `.index.json`; memory-mapped."""
     path = Path(path)
     index = path.with_name(path.name + ".index.json")
     if not path.exists() and index.exists():
@@ -227,7 +245,7 @@ def write_tensors(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A sibling to write to; it replaces `path` when the block ends well, and vanishes otherwise."""
+    """A sibling to write to; it replaces `path` if the block ends well, and vanishes otherwise."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     partial = Path(name)
@@ -313,9 +331,7 @@ def _parse(config: dict[str, Any], folder: Path) -> tuple[DiTConfig, DepthCodec,
     depth = dict(config.get("depth", {}))
     steps = depth.pop("depth_normalize_mode", DEPTH_STEPS)
     if list(steps) != DEPTH_STEPS:
-        raise ValueError(
-            f"{folder / CONFIG} normalises depth by {steps}; accepted: {DEPTH_STEPS}"
-        )
+        raise ValueError(f"{folder / CONFIG} normalises depth by {steps}; accepted: {DEPTH_STEPS}")
     codec = _section(DepthCodec, depth, folder)
     if dit.depth_channels not in (0, codec.patch_size**2):
         raise ValueError(
@@ -370,7 +386,9 @@ def _agree(
         if found[name] != wanted[name]
     ]
     if listed:
-        raise ValueError(f"the network in {path} differs from the model config: {'; '.join(listed)}")
+        raise ValueError(
+            f"the network in {path} differs from the model config: {'; '.join(listed)}"
+        )
 
 
 def _stated(path: str | Path) -> DiTConfig | None:

@@ -55,13 +55,14 @@ class EMA(Callback):
 class Progress(Callback):
     """One line per `every_n_steps` on the terminal, and every step in `metrics.jsonl`.
 
-    The file is the run's truth: rows after the step that a run resumes from are dropped, so it
-    reads as if nothing had been interrupted.
+    Losses are means over the micro-batches of a step. The file is the run's truth: rows after the
+    step that a run resumes from are dropped, so it reads as if nothing had been interrupted.
     """
 
     def __init__(self, *, folder: str, every_n_steps: int) -> None:
         self.path, self.every_n_steps = Path(folder) / "metrics.jsonl", every_n_steps
         self.last_step = 0
+        self.parts: list[dict[str, float]] = []  # what each micro-batch of this step logged
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ModalityForcing) -> None:
         self.first_step = self.last_step = trainer.global_step
@@ -78,11 +79,16 @@ class Progress(Callback):
         print(f"{start}: {count / 1e6:.2f} M parameters, {trainer.max_steps} steps", flush=True)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if not trainer.is_global_zero:
+            return
+        self.parts.append({k: float(v) for k, v in trainer.callback_metrics.items()})
         step = trainer.global_step
-        if step == self.last_step or not trainer.is_global_zero:
+        if step == self.last_step:
             return
         self.last_step = step
-        values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        parts, self.parts = self.parts, []
+        values = {k: sum(part[k] for part in parts) / len(parts) for k in parts[0]}
+        values |= {k: v for k, v in parts[-1].items() if k == "train/grad_norm"}  # once a step
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.file.write(json.dumps({"step": step, **values, "lr": lr}) + "\n")
         if step % self.every_n_steps == 0 or step == trainer.max_steps:

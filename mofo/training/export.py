@@ -111,8 +111,9 @@ def read_config(run: Path) -> DictConfig:
     if not path.exists():
         raise ValueError(f"{run} is no training run: it has no config.yaml; give runs/NAME")
     cfg = OmegaConf.load(path)
+    assert isinstance(cfg, DictConfig)  # train.py writes nothing else
     missing = [key for key in NEEDED if OmegaConf.select(cfg, key) is None]
-    if missing or not isinstance(cfg, DictConfig):
+    if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it is not as train.py froze it")
     return cfg
 

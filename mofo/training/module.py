@@ -148,6 +148,11 @@ class ModalityForcing(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Once a step, and before callbacks save: a resumed run reads on from the next position.
+        data = self.trainer.datamodule
+        data.advance(data.batch_size)
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.dit.parameters(), self.settings.clip_norm)
         if not torch.isfinite(norm):

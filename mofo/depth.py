@@ -89,5 +89,6 @@ def fill_nearest(
         return np.ones_like(metres)
     if valid.all():
         return metres
-    rows, cols = distance_transform_edt(~valid, return_distances=False, return_indices=True)
-    return metres[rows, cols]
+    nearest = distance_transform_edt(~valid, return_distances=False, return_indices=True)
+    rows, columns = np.asarray(nearest)
+    return metres[rows, columns]

@@ -63,11 +63,11 @@ class Teacher:
     @torch.no_grad()
     def __call__(
         self,
-        text: Float[Tensor, "b lt c"],
-        image_t: Float[Tensor, "b l c"],
+        text: Float[Tensor, "b lt ct"],
+        image_t: Float[Tensor, "b li ci"],
         t_image: Float[Tensor, "b"],
         *,
         grid: tuple[int, int],
-    ) -> Float[Tensor, "b l c"]:
+    ) -> Float[Tensor, "b li ci"]:
         v_image, _ = self.dit(text, image_t, None, t_image, None, grid=grid)
         return v_image.float()

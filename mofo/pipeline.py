@@ -76,7 +76,8 @@ class Result:
         metadata.json then says so.
         """
         folder = Path(folder)
-        intrinsics = intrinsics_from_fov(*self.depth.shape, fov_deg)
+        height, width = self.depth.shape
+        intrinsics = intrinsics_from_fov(height, width, fov_deg)
         about: dict[str, Any] = {"fov_deg": fov_deg, "drop_outliers": drop_outliers}
         cloud = None
         try:
@@ -241,7 +242,8 @@ class Mofo:
         (weakest) to -15; None keeps the given depth exactly.
         """
         sources, single = _listed(depth)
-        masks = [valid] if single else [None] * len(sources) if valid is None else list(valid)
+        masks: list[Any] = [None] * len(sources) if valid is None else list(valid)
+        masks = [valid] if single else masks
         if len(masks) != len(sources):
             raise ValueError(f"{len(masks)} valid masks for {len(sources)} depth maps; one each")
         call = self._call(
@@ -428,7 +430,7 @@ def _encoded(image: Image.Image) -> bytes:
 def _stretch(picture: Picture, size: tuple[int, ...]) -> UInt8[np.ndarray, "h2 w2 3"]:
     if picture.shape[:2] == size:
         return picture
-    resized = Image.fromarray(picture).resize(size[::-1], Image.Resampling.LANCZOS)
+    resized = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.array(resized)
 
 

@@ -47,19 +47,20 @@ def sample(
     t_image, t_depth = schedule.walk(num_steps, given, log2_alpha)
     image_noise, depth_noise = noise or _draw(dit, text, grid, given, soft, seeds)
 
-    z_image = image.float() if image is not None else image_noise.float()
-    z_depth = depth_noise if depth is None or soft else depth
-    z_depth = None if z_depth is None else z_depth.float()  # a text-to-image network has none
+    z_image = image if image is not None else image_noise
+    z_depth = depth if depth is not None else depth_noise  # None: a text-to-image network
+    assert z_image is not None
+    z_image, z_depth = z_image.float(), None if z_depth is None else z_depth.float()
     text, null_text, guidance = _conditions(text, null_text, cfg_scale, guidance)
     for i in range(num_steps):
         at_image, at_depth = t_image[i].expand(len(z_image)), t_depth[i].expand(len(z_image))
         at_image, at_depth = at_image.to(z_image.device), at_depth.to(z_image.device)
-        if soft:
+        if soft and depth is not None and depth_noise is not None:
             z_depth = flow.mix(depth.float(), depth_noise.float(), at_depth)
         v_image, x_depth = _predict(
             dit, text, null_text, z_image, z_depth, at_image, at_depth, grid, cfg_scale, guidance
         )
-        if given != "depth" and z_depth is not None:
+        if given != "depth" and z_depth is not None and x_depth is not None:
             v_depth = flow.velocity(z_depth, x_depth, at_depth)
             z_depth = flow.step(z_depth, v_depth, t_depth[i], t_depth[i + 1])
         if given != "image":
@@ -74,14 +75,14 @@ def _predict(
     t_depth = None if z_depth is None else t_depth
     inputs = [text, z_image, z_depth, t_image, t_depth]
     if null_text is None:
-        outputs = dit(*inputs, grid=grid, guidance=guidance)
-        return tuple(None if out is None else out.float() for out in outputs)
+        v, x = dit(*inputs, grid=grid, guidance=guidance)
+        return v.float(), None if x is None else x.float()
     nulls = [null_text, *inputs[1:]]
     pairs = zip(nulls, inputs, strict=True)
     twice = [None if one is None else torch.cat([null, one]) for null, one in pairs]
     guidance = None if guidance is None else torch.cat([guidance, guidance])
-    outputs = dit(*twice, grid=grid, guidance=guidance)
-    return tuple(None if out is None else _guide(out.float(), cfg_scale) for out in outputs)
+    v, x = dit(*twice, grid=grid, guidance=guidance)
+    return _guide(v.float(), cfg_scale), None if x is None else _guide(x.float(), cfg_scale)
 
 
 def _guide(halves: Tensor, cfg_scale: float) -> Tensor:

@@ -335,7 +335,7 @@ def test_a_stage_1_export_grows_and_its_teacher_stays_out_of_the_checkpoint(
 
 
 def test_without_weight_there_is_no_teacher(tmp_path: Path, start: Train, whole: Path) -> None:
-    off = ["objective.teacher_weight_noisy=0", "objective.teacher_weight_clean=0"]
+    off = ["objective.teacher_weight_noisy=0.0", "objective.teacher_weight_clean=0.0"]
     base = f"init_from={whole / 'export'}"
     run = start(tmp_path, base, *off, "trainer.max_steps=1")
     assert trace(run)[0]["train/teacher"] == 0

@@ -38,6 +38,7 @@ def from_depth(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Sect
     )
     pictures = []
     for result, sample in zip(made, samples, strict=True):
+        assert sample.metres is not None  # held_out takes no other
         given = depth_picture(sample.metres, sample.valid)
         pictures += [(given, "given depth"), (result.image, f"made for it: {sample.caption}")]
     return ("Picture from depth", pictures, "Held-out depth and its caption are given.")

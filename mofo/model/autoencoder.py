@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -51,7 +52,7 @@ class Autoencoder(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         # Channels last makes these convolutions three times as fast on a CPU.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network: Any = network.to(memory_format=torch.channels_last)  # pyright: ignore
         self.channels: int = network.config.latent_channels * PATCH**2
         self.stride: int = PATCH * 2 ** (len(network.config.block_out_channels) - 1)
 
@@ -221,7 +222,7 @@ def _join(
     return tensors
 
 
-def _dimensions(tensors: Mapping[str, Tensor], path: Path) -> dict[str, object]:
+def _dimensions(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Arguments of `create`, from the shapes of the tensors."""
 
     def widths(pattern: str) -> tuple[int, ...]:

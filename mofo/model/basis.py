@@ -28,6 +28,9 @@ class LappedBasis(nn.Module):
     """Pixels in [-1, 1] <-> tokens, one per 8x8 block, row-major; linear both ways."""
 
     stride = BLOCK
+    basis: Tensor
+    mean: Tensor
+    scale: Tensor
 
     def __init__(
         self,

@@ -143,6 +143,7 @@ class ThreeStreamDiT(nn.Module):
         v_image = self.final_layer(x[:, num_text : num_text + num_image], vec_image)
         if depth is None:
             return v_image, None
+        assert vec_depth is not None
         return v_image, self.decode_depth(x[:, -num_image:], vec_depth, grid)
 
     def embed_times(
@@ -209,7 +210,7 @@ class DoubleBlock(nn.Module):
         lengths = [x.shape[1] for x in streams.values()]
         heads = []
         for name, x in streams.items():
-            attention = self.get_submodule(f"{name}_attn")
+            attention = getattr(self, f"{name}_attn")
             normed = layers.modulate(x, modulations[name][0])
             heads.append(layers.split_heads(attention.qkv(normed), self.num_heads, attention.norm))
         joined = layers.Heads(*(torch.cat(parts, dim=2) for parts in zip(*heads, strict=True)))
@@ -218,9 +219,9 @@ class DoubleBlock(nn.Module):
         out = {}
         for (name, x), update in zip(streams.items(), attended, strict=True):
             first, second = modulations[name]
-            projected = self.get_submodule(f"{name}_attn").proj(update)
+            projected = getattr(self, f"{name}_attn").proj(update)
             x = layers.add_gated(x, projected, first)
-            widened = self.get_submodule(f"{name}_mlp")(layers.modulate(x, second))
+            widened = getattr(self, f"{name}_mlp")(layers.modulate(x, second))
             out[name] = layers.add_gated(x, widened, second)
         return out
 

@@ -98,7 +98,7 @@ class Qwen3Text:
         layers: Sequence[int] = LAYERS,
         length: int = QWEN_LENGTH,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer, self.layers, self.length = tokenizer, tuple(layers), length
         self.channels: int = len(self.layers) * model.config.hidden_size
         self._cache: dict[str, Float[Tensor, "lt c"]] = {}  # oldest use first

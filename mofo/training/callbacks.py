@@ -1,9 +1,11 @@
 """`EMA`, `Progress`, `Preview`, `Export`: what happens beside the training step."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mofo import picture
+from mofo.model.weights import replacing
 from mofo.sampler import sample
 from mofo.training.export import write
 from mofo.training.module import ModalityForcing
@@ -71,8 +74,9 @@ class Progress(Callback):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [row for row in rows if _step(row) is not None and _step(row) <= self.last_step]
-        self.path.write_text("".join(row + "\n" for row in kept))
+        kept = [row for row in rows if _step(row) <= self.last_step]
+        with replacing(self.path) as partial:
+            partial.write_text("".join(row + "\n" for row in kept))
         self.file = self.path.open("a", buffering=1)
         count = sum(p.numel() for p in pl_module.dit.parameters())
         start = f"resuming at step {self.last_step}" if self.last_step else "starting"
@@ -94,7 +98,7 @@ class Progress(Callback):
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._say(trainer, values)
 
-    def _say(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+    def _say(self, trainer: Any, values: dict[str, float]) -> None:
         step = trainer.global_step
         per_step = (time.monotonic() - self.started) / (step - self.first_step)
         left = per_step * (trainer.max_steps - step)
@@ -112,11 +116,11 @@ class Progress(Callback):
             self.file.close()
 
 
-def _step(row: str) -> int | None:
+def _step(row: str) -> float:
     try:
         return json.loads(row)["step"]
     except ValueError:  # the half line of a killed run
-        return None
+        return math.inf
 
 
 class Preview(Callback):
@@ -141,7 +145,7 @@ class Preview(Callback):
             drawn = Image.fromarray(self.draw(trainer, pl_module))
             drawn.save(self.folder / f"step_{step:08d}.png")
 
-    def draw(self, trainer: L.Trainer, pl_module: ModalityForcing):
+    def draw(self, trainer: Any, pl_module: ModalityForcing) -> picture.Picture:
         release = pl_module.release(averaged(trainer))
         h, w = (side // trainer.datamodule.patch for side in trainer.datamodule.size)
         encoders = pl_module.encoders
@@ -177,7 +181,7 @@ class Export(Callback):
             print(f"exported to {self.folder}")
 
 
-def averaged(trainer: L.Trainer) -> dict[str, Tensor] | None:
+def averaged(trainer: Any) -> dict[str, Tensor] | None:
     """The EMA of a run, or None if it keeps none."""
     for callback in trainer.callbacks:
         if isinstance(callback, EMA) and callback.average and callback.decay > 0:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from mofo import flow
+from mofo.data.module import DataModule
 from mofo.data.sample import Batch
 from mofo.depth import DepthCodec
 from mofo.flow import SampleStreams
@@ -148,10 +149,13 @@ class ModalityForcing(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    @property
+    def data(self) -> DataModule:
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Once a step, and before callbacks save: a resumed run reads on from the next position.
-        data = self.trainer.datamodule
-        data.advance(data.batch_size)
+        self.data.advance(self.data.batch_size)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.dit.parameters(), self.settings.clip_norm)
@@ -173,6 +177,6 @@ class ModalityForcing(LightningModule):
             dit,
             image_schedule=self.objective.image_schedule,
             depth_schedule=self.objective.depth_schedule,
-            size=self.trainer.datamodule.size,
+            size=self.data.size,
             text=self.encoders.name,
         )

@@ -1,6 +1,7 @@
 """AdamW with two parameter groups and a warm-up, as settings."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class AdamW:
     """
 
     lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Sequence[float] = (0.9, 0.95)
     weight_decay: float = 0.01
     warmup_steps: int = 1000
     decay: str = "constant"

@@ -113,7 +113,9 @@ class Objective:
         if x_depth is None:
             return Terms(image, zero, zero)
 
-        assert depth is not None and valid is not None and t_depth is not None
+        assert depth is not None
+        assert valid is not None
+        assert t_depth is not None
         judged = valid & (t_depth > 0)[:, None, None]
         # Selected before the square, whose gradient at NaN would be NaN even times zero.
         error = torch.where(judged, x_depth.float() - depth, 0)

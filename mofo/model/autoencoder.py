@@ -49,10 +49,10 @@ RENAMES = (
 class Autoencoder(nn.Module):
     """A FLUX.2 autoencoder of any size."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         # Channels last makes these convolutions three times as fast on a CPU.
-        self.network: Any = network.to(memory_format=torch.channels_last)  # pyright: ignore
+        self.network = network.to(memory_format=torch.channels_last)
         self.channels: int = network.config.latent_channels * PATCH**2
         self.stride: int = PATCH * 2 ** (len(network.config.block_out_channels) - 1)
 

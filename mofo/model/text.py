@@ -93,12 +93,12 @@ class Qwen3Text:
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: Any,
         tokenizer: Any,
         layers: Sequence[int] = LAYERS,
         length: int = QWEN_LENGTH,
     ) -> None:
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.layers, self.length = tokenizer, tuple(layers), length
         self.channels: int = len(self.layers) * model.config.hidden_size
         self._cache: dict[str, Float[Tensor, "lt c"]] = {}  # oldest use first

@@ -40,7 +40,7 @@ class EMA(Callback):
         self.average = {name: self.average[name].to(live[name].device) for name in live}
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == self.num_updates:  # still accumulating
             return
         self.num_updates = trainer.global_step
@@ -82,7 +82,7 @@ class Progress(Callback):
         start = f"resuming at step {self.last_step}" if self.last_step else "starting"
         print(f"{start}: {count / 1e6:.2f} M parameters, {trainer.max_steps} steps", flush=True)
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if not trainer.is_global_zero:
             return
         self.parts.append({k: float(v) for k, v in trainer.callback_metrics.items()})
@@ -136,7 +136,7 @@ class Preview(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: ModalityForcing) -> None:
         self.last_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         step = trainer.global_step
         due = step != self.last_step and step % self.every_n_steps == 0
         self.last_step = step

@@ -40,7 +40,9 @@ class AdamW:
             {"params": [p for p in trainable if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=tuple(self.betas), fused=True)
+        optimizer = torch.optim.AdamW(
+            groups, lr=self.lr, betas=(self.betas[0], self.betas[1]), fused=True
+        )
         return optimizer, LambdaLR(optimizer, lambda step: self.rate(step, max_steps))
 
     def rate(self, step: int, max_steps: int) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mofo.evaluation.run import origin, read_lines
 
-STEPS = 200
+STEPS = 120
 # A step with the teacher takes this much longer (seconds per step of both, same machine).
 TEACHER_COST = 1.12
 VARIANTS = {

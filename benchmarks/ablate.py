@@ -14,7 +14,7 @@ import numpy as np
 
 from mofo.evaluation.run import origin, read_lines
 
-STEPS = 120
+STEPS, BATCH = 120, 16
 # A step with the teacher takes this much longer (seconds per step of both, same machine).
 TEACHER_COST = 1.12
 VARIANTS = {
@@ -41,7 +41,7 @@ def main() -> None:
             name = f"ablate_{variant.replace(': ', '_').replace(' ', '_')}_{seed}"
             exports[f"{variant} {seed}"] = f"runs/{name}/export"
             command = ["train.py", "experiment=demo", f"name={name}", f"seed={seed}"]
-            start(*command, f"trainer.max_steps={STEPS}", *overrides)
+            start(*command, f"data.batch_size={BATCH}", f"trainer.max_steps={STEPS}", *overrides)
     labels = list(exports)
     also = ", ".join(f'"{label}": {exports[label]}' for label in labels[1:])
     start(

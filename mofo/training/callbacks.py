@@ -116,7 +116,7 @@ class Progress(Callback):
             self.file.close()
 
 
-def _step(row: str) -> float:
+def _step(row: str) -> int | float:
     try:
         return json.loads(row)["step"]
     except ValueError:  # the half line of a killed run

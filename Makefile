@@ -46,8 +46,8 @@ define run-demo
 	$(VENV)/bin/python train.py experiment=demo name=$(1)_scratch init_from=null $(2)
 	$(VENV)/bin/python evaluate.py name=$(1) run_dir=runs/$(1) limit=$(if $(2),8,128) \
 	  model=runs/$(1)/export label='"post-trained here"' \
-	  'also={"from random weights": runs/$(1)_scratch/export, "shipped model": small}' \
-	  'losses={"from the base": runs/$(1), "from random weights": runs/$(1)_scratch}'
+	  'also={from random weights: runs/$(1)_scratch/export, shipped model: small}' \
+	  'losses={from the base: runs/$(1), from random weights: runs/$(1)_scratch}'
 	@echo "open runs/$(1)/report.html"
 endef
 SHORT = trainer.max_steps=4 data.sources.scenes.make.count=40 \

@@ -4,6 +4,8 @@
 report are in `runs/eval/<name>`; the same command typed again continues it.
 """
 
+import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ build = partial(instantiate, _convert_="all")
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     folder = Path(cfg.run_dir)
-    paths = {cfg.label: cfg.model, **cfg.also}
+    paths = {cfg.label: cfg.release, **(cfg.also or {})}
     made_by = origin(paths)
     models = {label: Mofo.load(path) for label, path in paths.items()}
     rows = [replace(row, limit=cfg.limit or row.limit) for row in build(cfg.eval.rows)]
@@ -54,4 +56,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # configs/model/ is a group of train.py, for which Hydra would take `model=FOLDER`
+    sys.argv = [re.sub(r"^model=", "release=", argument) for argument in sys.argv]
     main()

@@ -20,8 +20,8 @@ TEACHER_COST = 1.12
 VARIANTS = {
     "as is": [],
     "no mode mix": ["objective.i2d_probability=0", "objective.d2i_probability=0"],
-    "fill: mean": ["objective.fill=mean"],
-    "fill: noise": ["objective.fill=noise"],
+    "mean fill": ["objective.fill=mean"],
+    "noise fill": ["objective.fill=noise"],
     "no teacher": [
         "objective.teacher_weight_noisy=0",
         "objective.teacher_weight_clean=0",
@@ -38,16 +38,16 @@ def main() -> None:
     exports = {}
     for seed in range(args.seeds):
         for variant, overrides in VARIANTS.items():
-            name = f"ablate_{variant.replace(': ', '_').replace(' ', '_')}_{seed}"
+            name = f"ablate_{variant.replace(' ', '_')}_{seed}"
             exports[f"{variant} {seed}"] = f"runs/{name}/export"
             command = ["train.py", "experiment=demo", f"name={name}", f"seed={seed}"]
             start(*command, f"data.batch_size={BATCH}", f"trainer.max_steps={STEPS}", *overrides)
     labels = list(exports)
-    also = ", ".join(f'"{label}": {exports[label]}' for label in labels[1:])
+    also = ", ".join(f"{label}: {exports[label]}" for label in labels[1:])
     start(
         "evaluate.py",
         "name=ablate",
-        f'label="{labels[0]}"',
+        f"label={labels[0]}",
         f"model={exports[labels[0]]}",
         f"also={{{also}}}",
         f"limit={args.limit}",

@@ -100,5 +100,7 @@ def _enlarge_map(values: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    chunks = [points[i : i + SMOOTHING] for i in range(0, len(points), SMOOTHING)]
+    # the first steps of a fresh depth head are so much worse that they would flatten the rest
+    first = SMOOTHING if len(points) > SMOOTHING else 0
+    chunks = [points[i : i + SMOOTHING] for i in range(first, len(points), SMOOTHING)]
     return [(chunk[-1][0], float(np.mean([loss for _, loss in chunk]))) for chunk in chunks]

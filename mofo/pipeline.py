@@ -11,7 +11,6 @@ generated is stretched back, pictures filtered, depth by nearest pixel. Depth is
 about 1; it is 0 where it is not valid.
 """
 
-import io
 import json
 import platform
 from collections.abc import Sequence
@@ -367,7 +366,7 @@ def read_picture(source: PictureSource) -> Picture:
         return np.repeat(source[..., None], 3, axis=-1) if grey else source
     name = "the PIL image" if isinstance(source, Image.Image) else str(source)
     try:
-        return decode_image(_encoded(source) if isinstance(source, Image.Image) else source)
+        return decode_image(source)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be read as a picture: {error}") from error
 
@@ -417,14 +416,6 @@ def _depth_file(path: Path) -> np.ndarray:
         raise ValueError(
             f"{path} cannot be read as depth ({error}); accepted: .npy, 16-bit PNG or TIFF"
         ) from error
-
-
-def _encoded(image: Image.Image) -> bytes:
-    """A lossless file of a PIL image, so that one function converts whatever comes."""
-    buffer = io.BytesIO()
-    kind = "TIFF" if image.mode in ("CMYK", "F", "LAB", "YCbCr") else "PNG"
-    image.save(buffer, kind, exif=image.getexif())
-    return buffer.getvalue()
 
 
 def _stretch(picture: Picture, size: tuple[int, ...]) -> UInt8[np.ndarray, "h2 w2 3"]:

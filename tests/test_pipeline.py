@@ -97,13 +97,13 @@ def test_a_picture_may_be_an_array_a_path_or_a_pil_image(mofo: Mofo, tmp_path: P
         torch.testing.assert_close(one.tokens, made[0].tokens, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "P", "L", "1", "I;16", "LA", "YCbCr"])
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "P", "L", "1", "I;16", "LA"])
 def test_a_picture_of_any_mode_is_read_as_the_file_would_be(mode: str, tmp_path: Path) -> None:
     if mode == "I;16":
         image = Image.fromarray(picture()[..., 0].astype(np.uint16) * 257)
     else:
         image = Image.fromarray(picture()).convert(mode)
-    path = tmp_path / ("in.tif" if mode in ("CMYK", "YCbCr") else "in.png")
+    path = tmp_path / ("in.tif" if mode == "CMYK" else "in.png")
     image.save(path)
     assert read_picture(image).shape == (20, 30, 3)
     assert (read_picture(image) == decode_image(path)).all()

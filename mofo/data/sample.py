@@ -128,24 +128,25 @@ class Batch:
         return replace(self, **moved)
 
 
-def decode_image(source: bytes | str | Path) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of an image file of any mode, upright.
+def decode_image(source: bytes | str | Path | Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB pixels of an image (a file, its bytes, or a PIL image) of any mode, upright.
 
     16-bit grey is scaled to 8 bits, transparency is composited on white, EXIF rotation is applied.
     """
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-        image = opened
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            grey = np.clip(np.rint(np.asarray(image) / 257.0), 0, 255)
-            image = Image.fromarray(grey.astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("image holds floats of unknown range; save it with 8 or 16 bits")
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    if not isinstance(source, Image.Image):
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            return decode_image(opened)
+    image = ImageOps.exif_transpose(source)
+    if image.mode.startswith("I"):
+        grey = np.clip(np.rint(np.asarray(image) / 257.0), 0, 255)
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("image holds floats of unknown range; save it with 8 or 16 bits")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def decode_depth(source: bytes | str | Path, scale: float) -> tuple[Metres, Valid]:

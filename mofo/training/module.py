@@ -61,7 +61,7 @@ class ModalityForcing(LightningModule):
         if self.init_from is None:
             self.dit = ThreeStreamDiT(self.config)
             return
-        self.dit = weights.start(self.init_from, self.config)
+        self.dit = weights.start(self.init_from, self.config).train()
         if self.config.depth_channels and self.objective.has_teacher:
             self.teacher = Teacher(weights.text_to_image(self.init_from))
 

@@ -62,7 +62,7 @@ def joint(args: argparse.Namespace) -> int:
 
 
 def i2d(args: argparse.Namespace) -> int:
-    from mofo.pipeline import read_picture
+    from mofo.data.inputs import read_picture
 
     def generate(mofo: "Mofo", picture: Any, seed: int) -> "Result":
         return mofo.image_to_depth(picture, args.prompt, **_settings(args, seed))
@@ -71,7 +71,7 @@ def i2d(args: argparse.Namespace) -> int:
 
 
 def d2i(args: argparse.Namespace) -> int:
-    from mofo.pipeline import read_depth
+    from mofo.data.inputs import read_depth
 
     def generate(mofo: "Mofo", depth: Any, seed: int) -> "Result":
         metres, valid = depth

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from tiny import SIZE, network, save_release
 
+from mofo.data.inputs import read_depth, read_picture
 from mofo.data.sample import decode_image
 from mofo.model import weights
-from mofo.pipeline import Mofo, Result, Tokens, read_depth, read_picture
+from mofo.pipeline import Mofo, Result, Tokens
 
 FEW = {"num_steps": 3}
 FILES = {

@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -14,10 +13,3 @@ install_import_hook("mofo", "beartype.beartype")
 
 # Sums split over threads differ in the last bits from machine to machine; golden numbers must not.
 torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import diffusers_network
 from torch import Tensor, nn
 
 from mofo.model import weights
@@ -90,18 +91,7 @@ def test_text_to_image_is_the_golden_one() -> None:
 
 @pytest.mark.parametrize("has_guidance", [False, True])
 def test_text_to_image_agrees_with_diffusers(has_guidance: bool) -> None:
-    from diffusers import Flux2Transformer2DModel
-
-    theirs = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=has_guidance,
-    )
+    theirs = diffusers_network(has_guidance=has_guidance)
     randomise(theirs).eval()
     ours = ThreeStreamDiT(
         replace(T2I, cross_stream_timestep_mixing=False, use_guidance_embed=has_guidance)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import diffusers_network
 from torch import Tensor, nn
 
 from mofo.model import weights
@@ -220,18 +221,7 @@ def stage_1_export(folder: Path) -> Path:
 
 
 def diffusers_folder(folder: Path) -> Path:
-    from diffusers import Flux2Transformer2DModel
-
-    network = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=False,
-    )
+    network = diffusers_network(has_guidance=False)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1

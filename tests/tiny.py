@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mofo.depth import DepthCodec
 from mofo.model import autoencoder
@@ -46,3 +47,19 @@ def release(seed: int = 0, **changes) -> Release:
 def save_release(folder: Path) -> Path:
     write(release(), autoencoder.load("small"), folder)
     return folder
+
+
+def diffusers_network(*, has_guidance: bool) -> nn.Module:
+    """diffusers' transformer with the dimensions of tests/golden/t2i_tiny."""
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=has_guidance,
+    )

@@ -58,12 +58,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l c"]:
         """Encode pictures whose sides are multiples of `stride`; tokens are row-major."""
-        h, w = images.shape[-2:]
-        if h % self.stride or w % self.stride or not h * w:
-            raise ValueError(
-                f"image is {h}x{w}, but both sides must be multiples of {self.stride}; "
-                "crop or resize it"
-            )
+        basis.check_sides(images, self.stride)
         images = images.to(self.network.dtype, memory_format=torch.channels_last)
         patches = fold(self.network.encode(images).latent_dist.mode().float())
         mean, std = self._normalisation()
@@ -73,11 +68,7 @@ class Autoencoder(nn.Module):
         self, tokens: Float[Tensor, "b l c"], grid: tuple[int, int]
     ) -> Float[Tensor, "b 3 h w"]:
         """Decode tokens of a grid of (rows, columns); the result may leave [-1, 1] a little."""
-        if tokens.shape[1:] != (grid[0] * grid[1], self.channels):
-            raise ValueError(
-                f"tokens are {tuple(tokens.shape)}, but grid {grid} needs "
-                f"(b, {grid[0] * grid[1]}, {self.channels}); pass the grid they were made with"
-            )
+        basis.check_tokens(tokens, grid, self.channels)
         mean, std = self._normalisation()
         patches = rearrange(tokens.float(), "b (i j) c -> b c i j", i=grid[0]) * std + mean
         latents = rearrange(patches, "b (c pi pj) i j -> b c (i pi) (j pj)", pi=PATCH, pj=PATCH)

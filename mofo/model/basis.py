@@ -45,27 +45,37 @@ class LappedBasis(nn.Module):
 
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l c"]:
         """Encode pictures whose sides are multiples of 8."""
-        h, w = images.shape[-2:]
-        if h % BLOCK or w % BLOCK or not h * w:
-            raise ValueError(
-                f"image is {h}x{w}, but both sides must be multiples of {BLOCK}; crop or resize it"
-            )
+        check_sides(images, self.stride)
         return (blocks(images.float()) - self.mean) @ self.basis.T / self.scale
 
     def decode(
         self, tokens: Float[Tensor, "b l c"], grid: tuple[int, int]
     ) -> Float[Tensor, "b 3 h w"]:
         """Decode tokens of a grid of (rows, columns); the result may leave [-1, 1] a little."""
-        if tokens.shape[1:] != (grid[0] * grid[1], self.channels):
-            raise ValueError(
-                f"tokens are {tuple(tokens.shape)}, but grid {grid} needs "
-                f"(b, {grid[0] * grid[1]}, {self.channels}); pass the grid they were made with"
-            )
+        check_tokens(tokens, grid, self.channels)
         flat = (tokens.float() * self.scale) @ self.basis + self.mean
         i, j = grid
         pattern = "b (i j) (p q c) -> b c (i p) (j q)"
         lapped = rearrange(flat, pattern, i=i, j=j, p=BLOCK, q=BLOCK)
         return _lap(lapped, inverse=True)
+
+
+def check_sides(images: Float[Tensor, "b 3 h w"], stride: int) -> None:
+    """Raise a ValueError unless the pictures divide into squares of `stride`."""
+    h, w = images.shape[-2:]
+    if h % stride or w % stride or not h * w:
+        raise ValueError(
+            f"image is {h}x{w}, but both sides must be multiples of {stride}; crop or resize it"
+        )
+
+
+def check_tokens(tokens: Float[Tensor, "b l c"], grid: tuple[int, int], channels: int) -> None:
+    """Raise a ValueError unless the tokens are those of a grid of (rows, columns)."""
+    if tokens.shape[1:] != (grid[0] * grid[1], channels):
+        raise ValueError(
+            f"tokens are {tuple(tokens.shape)}, but grid {grid} needs "
+            f"(b, {grid[0] * grid[1]}, {channels}); pass the grid they were made with"
+        )
 
 
 def blocks(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l d"]:

@@ -141,7 +141,7 @@ def text_to_image(path: str | Path) -> ThreeStreamDiT:
     return dit.eval()
 
 
-def base_config(path: str | Path, **changes: Any) -> DiTConfig:
+def base_config(path: str | Path) -> DiTConfig:
     """The dimensions of a text-to-image base, read off its tensors: the file carries no config.
 
     Head size from `query_norm.scale`, axes are four quarters of it, theta 2000 (recipe section 3).
@@ -150,7 +150,7 @@ def base_config(path: str | Path, **changes: Any) -> DiTConfig:
     hidden, channels = shapes["img_in.weight"]
     head_size = shapes["single_blocks.0.norm.query_norm.scale"][0]
     wide = shapes["single_blocks.0.linear2.weight"][1] - hidden
-    config = DiTConfig(
+    return DiTConfig(
         in_channels=channels,
         depth_channels=0,
         context_in_dim=shapes["txt_in.weight"][1],
@@ -164,7 +164,6 @@ def base_config(path: str | Path, **changes: Any) -> DiTConfig:
         use_guidance_embed="guidance_in.in_layer.weight" in shapes,
         cross_stream_timestep_mixing=False,
     )
-    return replace(config, **changes)
 
 
 def base_names(config: DiTConfig) -> list[str]:

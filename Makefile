@@ -28,9 +28,9 @@ $(STAMP): pyproject.toml $(LOCK)
 	@if [ "$(INSTALLER)" = uv ] \
 	  && $(VENV)/bin/pip install -q -c $(LOCK) uv \
 	  && UV_FIND_LINKS="$(FIND_LINKS)" \
-	    $(VENV)/bin/uv pip install -q -p $(VENV) -c $(LOCK) -e '.[dev]'; \
+	    $(VENV)/bin/uv pip install -q -p $(VENV) -c $(LOCK) -e '.[demo,exr,dev]'; \
 	then echo "installed with uv"; \
-	else echo "installing with pip"; $(VENV)/bin/pip install -q -c $(LOCK) -e '.[dev]'; fi
+	else echo "installing with pip"; $(VENV)/bin/pip install -q -c $(LOCK) -e '.[demo,exr,dev]'; fi
 	@touch $@
 
 demo: $(STAMP)       ## post-train the small model for minutes, write a page of results

@@ -1,8 +1,12 @@
 """From depth to points: intrinsics, unprojection, point clouds and their files.
 
-Intrinsics are 3x3 in pixels, with pixel centres at half integers: the ray of column u, row v is
-K^-1 (u + 1/2, v + 1/2, 1). Depth is the distance along the optical axis. Camera coordinates are
-x right, y down, z forward. A point cloud has +Y up, looks down -Z, and is median-centred.
+Camera: intrinsics K are 3x3 in pixels, with pixel centres at half integers: the ray of column u,
+row v is K^-1 (u + 1/2, v + 1/2, 1). Depth is the distance along the optical axis, not along the
+ray. Camera coordinates are x right, y down, z forward (OpenCV's).
+
+Cloud: (x, -y, -z) of the camera's, so x right, +Y up, looking down -Z (OpenGL's and glTF's: a
+viewer shows it upright and as the camera saw it), in the unit of depth. Its median is then moved to
+the origin, so the camera stands at minus that median, about (0, 0, +median depth).
 """
 
 import os
@@ -65,15 +69,25 @@ def point_cloud(
     intrinsics: Float[np.ndarray, "3 3"],
     valid: Bool[np.ndarray, "h w"] | None = None,
     *,
+    edge_rtol: float = EDGE,
     drop_outliers: bool = False,
 ) -> Cloud:
-    """Coloured points of the valid pixels that are on no depth edge, thinned to MAX_POINTS."""
+    """Coloured points of the valid pixels that are on no depth edge, thinned to MAX_POINTS.
+
+    A pixel is on an edge where the 3x3 depths spread over more than `edge_rtol` of its own; 0 keeps
+    all. `drop_outliers` drops those of `outliers` as well. Row-major, as the pixels are.
+    """
+    if not 0 <= edge_rtol < np.inf:
+        raise ValueError(
+            f"edge_rtol is {edge_rtol}, but must be a share of the depth, 0 or more; 0 keeps edges"
+        )
     valid = np.ones(depth.shape, bool) if valid is None else valid
     valid = valid & np.isfinite(depth) & (depth > 0)
-    keep = valid & ~on_edge(depth, valid)
+    keep = valid & ~on_edge(depth, valid, edge_rtol) if edge_rtol else valid
     if not keep.any():
         raise ValueError(
-            f"no point is left of {valid.sum()} pixels with depth: all lie on depth edges"
+            f"no point is left of {valid.sum()} pixels with depth: all lie on depth edges; "
+            "raise edge_rtol, or pass 0 to keep them"
             if valid.any()
             else "no pixel has depth, so there is no point cloud to make"
         )
@@ -98,12 +112,18 @@ def outliers(points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
 def save_cloud(
     points: Float[np.ndarray, "n 3"], colours: UInt8[np.ndarray, "n 3"], path: str | Path
 ) -> None:
-    """Write a .ply or .glb whole or not at all."""
+    """Write a .ply or .glb whole or not at all; `colours` are a picture's (sRGB).
+
+    A .ply holds them as they are. A .glb holds linear light, which glTF demands: viewers encode it
+    again, and would show the picture's own numbers washed out.
+    """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"cannot write {path.name}: a point cloud ends in .ply or .glb")
     import trimesh  # slow to import, and only clouds need it
 
+    if path.suffix == ".glb":
+        colours = linear(colours)
     data = trimesh.PointCloud(points, colors=colours).export(file_type=path.suffix[1:])
     assert isinstance(data, bytes)
     part = path.with_name(f".{path.name}.part")
@@ -112,6 +132,13 @@ def save_cloud(
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def linear(colours: UInt8[np.ndarray, "n 3"]) -> UInt8[np.ndarray, "n 3"]:
+    """Light of sRGB colours (IEC 61966-2-1); 8 bits of it lose at most 6 steps, in the dark."""
+    code = np.arange(256) / 255
+    light = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    return np.rint(255 * light).astype(np.uint8)[colours]
 
 
 def render(

@@ -1,31 +1,33 @@
 """`Mofo`: pictures and depth maps in, pictures with depth out.
 
-    mofo = Mofo.load("small")                  # the shipped model, or a release folder
+    mofo = Mofo.load("small")                  # the shipped model, a release folder, or a hub id
     mofo.joint("a kitchen").save("kitchen")
     mofo.image_to_depth("photo.jpg")           # a path, a uint8 array or a PIL image
     mofo.depth_to_image(depth, "a kitchen")    # an array or a path; metres or relative
 
-A list in gives a list out, made in one batch; sample k depends on its own seed alone. The network
-works at the size it was trained at (or `size`): what is given is stretched to it and what is
-generated is stretched back, pictures filtered, depth by nearest pixel. Depth is relative, its mean
-about 1; it is 0 where it is not valid.
+A list in gives a list out; what has one size is made in one batch, and sample k depends on its own
+seed alone. What is given reaches the network as `fit` says (`mofo.data.fit`), about as large as the
+pictures of the training (or `size`), and what is made comes back at its size. Depth is relative,
+its mean about 1; it is 0 where it is not valid.
 """
 
-import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from mofo import __version__
+from mofo.data import fit as fits
+from mofo.data.fit import Fit
 from mofo.data.inputs import (
     DepthMap,
     DepthSource,
@@ -34,85 +36,34 @@ from mofo.data.inputs import (
     read_depth,
     read_picture,
 )
-from mofo.data.transforms import nearest_measured
-from mofo.depth import fill_nearest
+from mofo.depth import merge
 from mofo.frozen import Encoders
-from mofo.geometry import FIELD_OF_VIEW, intrinsics_from_fov, point_cloud, save_cloud
 from mofo.model import weights
-from mofo.model.weights import Release, replacing
-from mofo.picture import depth_picture
+from mofo.model.weights import Release
+from mofo.result import Result, Tokens
 from mofo.sampler import sample
 
-# What an official release's config.json does not say (recipe sections 2 and 5).
+# The method's own release, and what its config.json does not say (recipe sections 2 and 5).
+OFFICIAL = "bartduis/modality_forcing"
 OFFICIAL_SIZE = (512, 512)
-OFFICIAL_TEXT = "Qwen3-8B"
-CLOUDS = ("cloud.glb", "cloud.ply")
+OFFICIAL_TEXT = "Qwen/Qwen3-8B"
+NUM_SEEDS = 2**32  # torch's CPU generator reads 32 bits of a seed and ignores the others
 
 Seeds = int | Sequence[int] | None
 Size = tuple[int, int] | None
-
-
-class Tokens(NamedTuple):
-    """What the network generated or was given, float32 on the CPU."""
-
-    image: Float[Tensor, "l ci"]
-    depth: Float[Tensor, "l cd"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A picture and its relative depth; `metadata` holds what makes the same again."""
-
-    image: UInt8[np.ndarray, "h w 3"]
-    depth: Float32[np.ndarray, "h w"]
-    valid: Bool[np.ndarray, "h w"]
-    tokens: Tokens
-    metadata: dict[str, Any]
-
-    def save(
-        self, folder: str | Path, *, fov_deg: float = FIELD_OF_VIEW, drop_outliers: bool = False
-    ) -> None:
-        """Write rgb.png, depth_raw.npy, depth_magma.png, the clouds and, last, metadata.json.
-
-        A file appears under its name only when complete. Depth that is all edges has no cloud:
-        metadata.json then says so.
-        """
-        folder = Path(folder)
-        height, width = self.depth.shape
-        intrinsics = intrinsics_from_fov(height, width, fov_deg)
-        about: dict[str, Any] = {"fov_deg": fov_deg, "drop_outliers": drop_outliers}
-        cloud = None
-        try:
-            cloud = point_cloud(
-                self.depth, self.image, intrinsics, self.valid, drop_outliers=drop_outliers
-            )
-            about["num_points"] = len(cloud.points)
-        except ValueError as reason:
-            about |= {"num_points": 0, "reason": str(reason)}
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "depth_raw.npy") as partial, partial.open("wb") as file:
-            np.save(file, self.depth)
-        pictures = {"rgb.png": self.image, "depth_magma.png": depth_picture(self.depth, self.valid)}
-        for name, pixels in pictures.items():
-            with replacing(folder / name) as partial:
-                Image.fromarray(pixels).save(partial, format="PNG")
-        for name in CLOUDS:
-            if cloud is None:  # an earlier result's would not belong to this one
-                (folder / name).unlink(missing_ok=True)
-            else:
-                save_cloud(*cloud, folder / name)
-        with replacing(folder / "metadata.json") as partial:
-            partial.write_text(json.dumps({**self.metadata, "cloud": about}, indent=2) + "\n")
+OnStep = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """One batch, checked: `prompts` and `seeds` have an entry per sample."""
+    """One batch of one size, checked; a list has an entry per sample."""
 
     mode: str
+    members: list[int]  # places in what the user gave
     prompts: list[str]
     seeds: list[int]
-    size: tuple[int, int]
+    fits: list[Fit]
+    fit: str
     grid: tuple[int, int]
     num_steps: int
     cfg_scale: float
@@ -144,6 +95,8 @@ class Mofo:
                     f"{'pixels' if 'stride' in part else 'channels'}, this one has {found}; "
                     "pass the one it was trained with"
                 )
+        # 24 GB take many seconds to read: meanwhile the first samples are made.
+        self._digest = ThreadPoolExecutor(1).submit(weights.digest, folder)
 
     @classmethod
     def load(
@@ -187,20 +140,33 @@ class Mofo:
         num_steps: int = 50,
         cfg_scale: float = 4.0,
         log2_alpha: float | None = 5.0,
+        refine: bool = False,
         size: Size = None,
+        on_step: OnStep = None,
     ) -> Any:
         """A picture with its depth: a `Result`, or a list of them for a list of prompts.
 
         `seeds`: one per sample, 0, 1, 2, ... if left out. `log2_alpha` > 0 resolves the picture
-        before the depth; None walks both together.
+        before the depth; None walks both together. `refine` predicts the depth once more, from the
+        finished picture's tokens. `on_step` is told (steps done, steps in all).
         """
         prompts, single = _listed(prompt)
-        call = self._call(
-            "joint", prompts, len(prompts), seeds, size, num_steps, cfg_scale, log2_alpha
+        sizes = [size or self.size] * len(prompts)
+        calls = self._calls(
+            "joint", prompts, seeds, sizes, "native", size, num_steps, cfg_scale, log2_alpha
         )
-        image, depth = self._sample(call)
-        pictures, maps = self._pictures(image, call), self._maps(depth, call)
-        return _unlisted(self._results(call, pictures, maps, image, depth), single)
+        step = _counter(on_step, len(calls) * num_steps * (2 if refine else 1))
+
+        def make(call: _Call) -> list[Result]:
+            image, depth = self._sample(call, step)
+            if refine:
+                second = replace(call, cfg_scale=1.0, log2_alpha=None)
+                depth = self._sample(second, step, image=image)[1]
+            pictures, maps = self._pictures(image, call), self._maps(depth, call)
+            extra = [{"refine_depth": refine}] * len(maps)
+            return self._results(call, pictures, maps, image, depth, extra)
+
+        return _in_order(calls, make, single)
 
     def image_to_depth(
         self,
@@ -210,20 +176,43 @@ class Mofo:
         seeds: Seeds = None,
         num_steps: int = 50,
         cfg_scale: float = 1.0,
+        fit: str = "native",
+        ensemble: int = 1,
         size: Size = None,
+        on_step: OnStep = None,
     ) -> Any:
-        """Depth of a picture, at its size: a `Result`, or a list of them for a list of pictures."""
+        """Depth of a picture, at its size: a `Result`, or a list of them for a list of pictures.
+
+        An `ensemble` of K is the median of K predictions after scaling them to each other, with
+        their spread as `uncertainty`. Member 0 has the sample's own seed, `tokens` are its.
+        """
         sources, single = _listed(picture)
-        call = self._call("i2d", prompt, len(sources), seeds, size, num_steps, cfg_scale, None)
         pictures = [read_picture(source) for source in sources]
-        stretched = np.stack([_stretch(one, call.size) for one in pictures])
-        pixels = torch.from_numpy(stretched).permute(0, 3, 1, 2).to(self.device) / 127.5 - 1
-        image, depth = self._sample(call, image=self.encoders.image(pixels))
-        maps = [
-            _nearest(*made, size=one.shape[:2])
-            for made, one in zip(self._maps(depth, call), pictures, strict=True)
-        ]
-        return _unlisted(self._results(call, pictures, maps, image, depth), single)
+        if ensemble < 1:
+            raise ValueError(f"ensemble is {ensemble}; give 1 (no ensemble) or more")
+        sizes = [one.shape[:2] for one in pictures]
+        calls = self._calls("i2d", prompt, seeds, sizes, fit, size, num_steps, cfg_scale, None)
+        step = _counter(on_step, len(calls) * num_steps * ensemble)
+
+        def make(call: _Call) -> list[Result]:
+            given = [pictures[k] for k in call.members]
+            seen = [fits.picture_in(*one) for one in zip(given, call.fits, strict=True)]
+            pixels = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).to(self.device)
+            image = self.encoders.image(pixels / 127.5 - 1)
+            members = []
+            for k in range(ensemble):
+                seeds = [member_seed(seed, k) for seed in call.seeds]
+                members.append(self._sample(replace(call, seeds=seeds), step, image=image)[1])
+            maps = [self._maps(depth, call) for depth in members]
+            merged = [_merged(alike) for alike in zip(*maps, strict=True)]
+            restored = [_restored(*one) for one in zip(merged, call.fits, strict=True)]
+            out = [(depth, valid) for depth, valid, _ in restored]
+            extra = [{"ensemble": ensemble}] * len(out)
+            results = self._results(call, given, out, image, members[0], extra)
+            pairs = zip(results, restored, strict=True)
+            return [replace(result, uncertainty=spread) for result, (_, _, spread) in pairs]
+
+        return _in_order(calls, make, single)
 
     def depth_to_image(
         self,
@@ -235,7 +224,9 @@ class Mofo:
         num_steps: int = 50,
         cfg_scale: float = 4.0,
         log2_alpha: float | None = None,
+        fit: str = "native",
         size: Size = None,
+        on_step: OnStep = None,
     ) -> Any:
         """A picture for a depth map, at its size: a `Result`, or a list for a list of maps.
 
@@ -248,56 +239,76 @@ class Mofo:
         masks = [valid] if single else masks
         if len(masks) != len(sources):
             raise ValueError(f"{len(masks)} valid masks for {len(sources)} depth maps; one each")
-        call = self._call(
-            "d2i", prompt, len(sources), seeds, size, num_steps, cfg_scale, log2_alpha
+        maps = [read_depth(*one) for one in zip(sources, masks, strict=True)]
+        sizes = [metres.shape for metres, _ in maps]
+        calls = self._calls(
+            "d2i", prompt, seeds, sizes, fit, size, num_steps, cfg_scale, log2_alpha
         )
-        pairs = zip(sources, masks, strict=True)
-        maps = [read_depth(source, mask) for source, mask in pairs]
-        filled, measured = zip(*(_fit_depth(*one, size=call.size) for one in maps), strict=True)
-        tokens, _ = self.release.codec.encode(
-            torch.from_numpy(np.stack(filled)), torch.from_numpy(np.stack(measured))
-        )
-        image, tokens = self._sample(call, depth=tokens.to(self.device))
-        pictures = [
-            _stretch(made, one[0].shape)
-            for made, one in zip(self._pictures(image, call), maps, strict=True)
-        ]
-        relative = [_unit_mean(*one) for one in maps]
-        extra = [{"num_filled": int((~one).sum()), "filled_with": "nearest"} for one in measured]
-        return _unlisted(self._results(call, pictures, relative, image, tokens, extra), single)
+        step = _counter(on_step, len(calls) * num_steps)
 
-    @cached_property
+        def make(call: _Call) -> list[Result]:
+            given = [maps[k] for k in call.members]
+            pairs = [fits.depth_in(*one, fit) for one, fit in zip(given, call.fits, strict=True)]
+            filled, measured = map(np.stack, zip(*pairs, strict=True))
+            tokens, _ = self.release.codec.encode(
+                torch.from_numpy(filled), torch.from_numpy(measured)
+            )
+            image, tokens = self._sample(call, step, depth=tokens.to(self.device))
+            made = zip(self._pictures(image, call), call.fits, strict=True)
+            pictures = [fits.picture_out(*one) for one in made]
+            extra = [
+                {"num_filled": int((~mask).sum()), "filled_with": "nearest"} for _, mask in pairs
+            ]
+            relative = [_unit_mean(*one) for one in given]
+            return self._results(call, pictures, relative, image, tokens, extra)
+
+        return _in_order(calls, make, single)
+
+    @property
     def weights_hash(self) -> str:
         """Names the weights in metadata."""
-        return weights.digest(self.folder)
+        return self._digest.result()
 
-    def _call(self, mode, prompt, count, seeds, size, num_steps, cfg_scale, log2_alpha) -> _Call:
-        if not count:
+    def _calls(
+        self, mode, prompt, seeds, sizes, fit, size, num_steps, cfg_scale, log2_alpha
+    ) -> list[_Call]:
+        """The samples grouped by the network's size, in the order of their first members."""
+        if not (count := len(sizes)):
             raise ValueError(f"{mode} was given an empty list; give it at least one input")
         prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
         if len(prompts) != count:
             raise ValueError(f"{len(prompts)} prompts for {count} inputs; give one, or one each")
-        height, width = size or self.size
-        stride = self.release.codec.patch_size
-        if min(height, width) < stride or height % stride or width % stride:
+        seeds, stride = _seeds(seeds, count), self.release.codec.patch_size
+        height, width = size = size or self.size
+        if min(size) < stride or height % stride or width % stride:
             raise ValueError(
                 f"image is {height}x{width}, but both sides must be multiples of {stride}; "
                 f"leave size out for the {self.size[0]}x{self.size[1]} of the training"
             )
-        return _Call(
-            mode=mode,
-            prompts=prompts,
-            seeds=_seeds(seeds, count),
-            size=(height, width),
-            grid=(height // stride, width // stride),
-            num_steps=num_steps,
-            cfg_scale=cfg_scale,
-            log2_alpha=log2_alpha,
-        )
+        chosen = [fits.choose(fit, source, size, stride) for source in sizes]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for k, one in enumerate(chosen):
+            groups.setdefault(one.size, []).append(k)
+        return [
+            _Call(
+                mode=mode,
+                members=members,
+                prompts=[prompts[k] for k in members],
+                seeds=[seeds[k] for k in members],
+                fits=[chosen[k] for k in members],
+                fit=fit,
+                grid=(height // stride, width // stride),
+                num_steps=num_steps,
+                cfg_scale=cfg_scale,
+                log2_alpha=log2_alpha,
+            )
+            for (height, width), members in groups.items()
+        ]
 
     def _sample(
-        self, call: _Call, image: Tensor | None = None, depth: Tensor | None = None
-    ) -> tuple[Float[Tensor, "b l ci"], Float[Tensor, "b l cd"]]:
+        self, call: _Call, step: Callable[[], None], image: Tensor | None = None,
+        depth: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "b l ci"], Float[Tensor, "b l cd"]]:  # fmt: skip
         made = sample(
             self.release.dit,
             self.release.schedule,
@@ -310,6 +321,7 @@ class Mofo:
             cfg_scale=call.cfg_scale,
             log2_alpha=call.log2_alpha,
             seeds=call.seeds,
+            on_step=step,
         )
         assert made[1] is not None  # the network has a depth stream
         return made[0], made[1]
@@ -323,19 +335,20 @@ class Mofo:
         depth, valid = self.release.codec.decode(tokens, call.grid)
         return list(zip(depth.cpu().numpy(), valid.cpu().numpy(), strict=True))
 
-    def _results(self, call, pictures, maps, image, depth, extra=None) -> list[Result]:
+    def _results(self, call: _Call, pictures, maps, image, depth, extra) -> list[Result]:
         return [
             Result(
                 image=pictures[k],
                 depth=maps[k][0],
                 valid=maps[k][1],
                 tokens=Tokens(image[k].float().cpu(), depth[k].float().cpu()),
-                metadata=self._metadata(call, k) | (extra[k] if extra else {}),
+                metadata=self._metadata(call, k) | extra[k],
             )
-            for k in range(len(call.prompts))
+            for k in range(len(call.members))
         ]
 
     def _metadata(self, call: _Call, k: int) -> dict[str, Any]:
+        fit = call.fits[k]
         return {
             "mode": call.mode,
             "prompt": call.prompts[k],
@@ -343,8 +356,9 @@ class Mofo:
             "num_steps": call.num_steps,
             "cfg_scale": call.cfg_scale,
             "log2_alpha": call.log2_alpha,
-            "size": list(call.size),
-            "fit": "stretch",
+            "size": list(fit.size),
+            "fit": call.fit,
+            "box": list(fit.box),  # of the input on the network's canvas: top, left, height, width
             "weights": self.weights_hash,
             "text_encoder": self.encoders.name,
             "device": self.device.type,
@@ -357,28 +371,50 @@ class Mofo:
         }
 
 
-def _stretch(picture: Picture, size: tuple[int, ...]) -> UInt8[np.ndarray, "h2 w2 3"]:
-    if picture.shape[:2] == size:
-        return picture
-    resized = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return np.array(resized)
+def member_seed(seed: int, k: int) -> int:
+    """Seed of member k of an ensemble: hashed, because seed + k is the next sample's own."""
+    return seed if k == 0 else zlib.crc32(f"{seed}/{k}".encode())
 
 
-def _nearest(metres: np.ndarray, valid: np.ndarray, *, size: tuple[int, ...]) -> DepthMap:
-    """The pixel under the centre of each new one: depth is not blended across edges."""
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-        for old, new in zip(metres.shape, size, strict=True)
-    )
-    at = np.ix_(rows, columns)
-    return metres[at], valid[at]
+def _in_order(calls: list[_Call], make: Callable[[_Call], list[Result]], single: bool) -> Any:
+    """Results of all calls, in the order of what the user gave."""
+    results: dict[int, Result] = {}
+    for call in calls:
+        results |= zip(call.members, make(call), strict=True)
+    return results[0] if single else [results[k] for k in sorted(results)]
 
 
-def _fit_depth(metres: np.ndarray, valid: np.ndarray, *, size: tuple[int, int]) -> DepthMap:
-    """Depth at the network's size, holes filled, and which of its cells were measured."""
-    larger = max(metres.shape[0], size[0]), max(metres.shape[1], size[1])
-    metres, valid = nearest_measured(*_nearest(metres, valid, size=larger), size)
-    return fill_nearest(metres, valid), valid
+def _counter(on_step: OnStep, total: int) -> Callable[[], None]:
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, total)
+
+    return step
+
+
+def _merged(maps: Sequence[DepthMap]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Depth, validity and, for more than one map, the relative uncertainty."""
+    if len(maps) == 1:
+        return *maps[0], None
+    depths, valids = zip(*maps, strict=True)
+    return merge(np.stack(depths), np.stack(valids))
+
+
+def _restored(
+    made: tuple[np.ndarray, np.ndarray, np.ndarray | None], fit: Fit
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    depth, valid, spread = made
+    out, out_valid = fits.depth_out(depth, valid, fit)
+    if spread is None:
+        return out, out_valid, None
+    top, left, height, width = fit.box
+    inside = Image.fromarray(spread[top : top + height, left : left + width])
+    smooth = np.asarray(inside.resize(fit.source[::-1], Image.Resampling.BILINEAR))
+    return out, out_valid, np.where(out_valid, smooth, np.float32(0))
 
 
 def _unit_mean(metres: np.ndarray, valid: np.ndarray) -> DepthMap:
@@ -403,15 +439,11 @@ def _seeds(seeds: Seeds, count: int) -> list[int]:
     chosen = [int(seed) for seed in chosen]
     if len(chosen) != count:
         raise ValueError(f"{len(chosen)} seeds for {count} samples; give one seed per sample")
-    if bad := [seed for seed in chosen if not 0 <= seed < 2**63]:
-        raise ValueError(f"seed is {bad[0]}; accepted: 0 up to 2^63 - 1")
+    if bad := [seed for seed in chosen if not 0 <= seed < NUM_SEEDS]:
+        raise ValueError(f"seed is {bad[0]}; accepted: 0 to {NUM_SEEDS - 1}")
     return chosen
 
 
 def _listed(given: Any) -> tuple[list[Any], bool]:
     """The inputs as a list, and whether there was one that is no list."""
     return (list(given), False) if isinstance(given, list | tuple) else ([given], True)
-
-
-def _unlisted(results: list[Result], single: bool) -> Result | list[Result]:
-    return results[0] if single else results

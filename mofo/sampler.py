@@ -5,7 +5,7 @@ time 0; a given depth with `log2_alpha` is soft: re-noised along the tilted walk
 noise (recipe section 9). The sampler's state is float32 whatever the network's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -35,12 +35,14 @@ def sample(
     guidance: float | Float[Tensor, "b"] | None = None,
     seeds: Sequence[int] = (0,),
     noise: Noise | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> tuple[Float[Tensor, "b li ci"], Float[Tensor, "b li cd"] | None]:
     """Clean image and depth tokens; the given modality comes back untouched.
 
     `seeds` (one per sample) draw image noise, then depth noise, on the CPU: sample k is the same
     alone and in any batch. `noise` = (image_noise, depth_noise) replaces them; the entry of a hard
     given modality is None. `null_text` is the embedding of "" and is used when `cfg_scale` > 1.
+    `on_step` is called after every step.
     """
     given = _check(image, depth, null_text, cfg_scale, log2_alpha)
     soft = given == "depth" and log2_alpha is not None
@@ -65,6 +67,8 @@ def sample(
             z_depth = flow.step(z_depth, v_depth, t_depth[i], t_depth[i + 1])
         if given != "image":
             z_image = flow.step(z_image, v_image, t_image[i], t_image[i + 1])
+        if on_step is not None:
+            on_step()
     return z_image if image is None else image, z_depth if depth is None else depth
 
 

@@ -12,10 +12,13 @@ from tiny import SIZE, network, save_release
 
 from mofo.data.inputs import read_depth, read_picture
 from mofo.data.sample import decode_image
+from mofo.depth import merge
 from mofo.model import weights
-from mofo.pipeline import Mofo, Result, Tokens
+from mofo.pipeline import Mofo, member_seed
+from mofo.result import Result, Tokens
 
 FEW = {"num_steps": 3}
+SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 FILES = {
     "rgb.png", "depth_raw.npy", "depth_magma.png", "cloud.glb", "cloud.ply", "metadata.json",
 }  # fmt: skip
@@ -89,6 +92,87 @@ def test_image_to_depth_answers_at_the_size_of_the_picture(mofo: Mofo) -> None:
     assert [one.metadata["seed"] for one in made] == [1, 2, 3]
 
 
+def test_pictures_of_all_sizes_are_each_the_same_as_alone(mofo: Mofo) -> None:
+    pictures = [picture(20, 30), picture(40, 20), picture(10, 15), picture(21, 40)]
+    made = mofo.image_to_depth(pictures, seeds=[3, 4, 5, 6], **FEW)
+    assert len({tuple(one.metadata["size"]) for one in made}) > 1
+    for k, one in enumerate(made):
+        alone = mofo.image_to_depth(pictures[k], seeds=3 + k, **FEW)
+        torch.testing.assert_close(one.tokens, alone.tokens, atol=1e-5, rtol=1e-5)
+        assert one.metadata == alone.metadata
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "box"),
+    [
+        ("native", [8, 48], [0, 0, 8, 48]),
+        ("letterbox", [16, 24], [6, 0, 4, 24]),
+        ("stretch", [16, 24], [0, 0, 16, 24]),
+    ],
+)
+def test_the_fit_decides_what_the_network_sees(mofo: Mofo, fit, size, box) -> None:
+    made = mofo.image_to_depth(picture(20, 120), fit=fit, **FEW)
+    assert made.depth.shape == (20, 120)
+    assert made.metadata["fit"] == fit
+    assert made.metadata["size"] == size
+    assert made.metadata["box"] == box
+    back = mofo.depth_to_image(slope(20, 120), "a wall", fit=fit, **FEW)
+    assert back.image.shape == (20, 120, 3)
+
+
+@pytest.mark.parametrize("fit", ["native", "letterbox", "stretch"])
+def test_every_photograph_gets_depth_at_its_own_size(mofo: Mofo, fit: str) -> None:
+    rows = [json.loads(path.read_text()) for path in sorted(SAMPLES.glob("*.json"))]
+    paths = [SAMPLES / row["image"] for row in rows if isinstance(row, dict) and "image" in row]
+    assert len(paths) == 32
+    for path in paths:
+        made = mofo.image_to_depth(path, fit=fit, num_steps=1)
+        with Image.open(path) as image:
+            assert made.depth.shape == image.size[::-1], path
+        assert made.valid.any()
+
+
+def test_an_ensemble_is_the_merge_of_predictions_with_their_own_seeds(mofo: Mofo) -> None:
+    seen = picture(*SIZE)
+    one = mofo.image_to_depth(seen, seeds=7, **FEW)
+    assert one.uncertainty is None
+    made = mofo.image_to_depth(seen, seeds=7, ensemble=3, **FEW)
+    seeds = [member_seed(7, k) for k in range(3)]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 3
+    members = mofo.image_to_depth([seen] * 3, seeds=seeds, **FEW)
+    depth, valid, uncertainty = merge(
+        np.stack([m.depth for m in members]), np.stack([m.valid for m in members])
+    )
+    np.testing.assert_allclose(made.depth, depth, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(made.uncertainty, uncertainty, rtol=1e-2, atol=1e-4)
+    assert (made.valid == valid).all()
+    assert uncertainty.max() > 0.01
+    assert (made.metadata["ensemble"], made.metadata["seed"]) == (3, 7)
+    torch.testing.assert_close(made.tokens, one.tokens, atol=1e-5, rtol=1e-5)
+    larger = mofo.image_to_depth(picture(40, 50), ensemble=2, **FEW)
+    assert larger.uncertainty.shape == (40, 50)
+    assert (larger.uncertainty[~larger.valid] == 0).all()
+
+
+def test_refining_keeps_the_picture_and_predicts_its_depth_again(mofo: Mofo) -> None:
+    plain = mofo.joint("a kitchen", **FEW)
+    refined = mofo.joint("a kitchen", refine=True, **FEW)
+    assert (refined.image == plain.image).all()
+    assert not torch.allclose(refined.tokens.depth, plain.tokens.depth, atol=1e-3)
+    assert refined.metadata["refine_depth"] is True
+
+
+def test_every_step_is_told(mofo: Mofo) -> None:
+    told: list[tuple[int, int]] = []
+    mofo.joint("a", refine=True, on_step=lambda *now: told.append(now), **FEW)
+    assert told == [(k, 6) for k in range(1, 7)]
+    told.clear()
+    pictures = [picture(20, 30), picture(30, 20)]
+    mofo.image_to_depth(pictures, ensemble=2, on_step=lambda *now: told.append(now), **FEW)
+    assert told == [(k, 12) for k in range(1, 13)]
+
+
 def test_a_picture_may_be_an_array_a_path_or_a_pil_image(mofo: Mofo, tmp_path: Path) -> None:
     pixels = picture()
     Image.fromarray(pixels).save(tmp_path / "in.png")
@@ -150,7 +234,7 @@ def test_sparse_depth_reaches_the_network_whatever_its_size(mofo: Mofo) -> None:
     for size in ((160, 240), (8, 12), (160, 12)):
         sparse = np.zeros(size, np.float32)
         sparse[::7, ::5] = 3.0
-        made = mofo.depth_to_image(sparse, "", **FEW)
+        made = mofo.depth_to_image(sparse, "", fit="stretch", **FEW)
         assert (made.depth[::7, ::5] == 1).all()
         torch.testing.assert_close(made.tokens.depth, torch.ones(6, 64))
 
@@ -226,6 +310,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch, after: int
         ({"size": (20, 24)}, "image is 20x24, but both sides must be multiples of 8"),
         ({"size": (0, 8)}, "multiples of 8"),
         ({"seeds": [1, 2]}, "2 seeds for 1 samples"),
+        ({"seeds": 2**32}, "seed is 4294967296"),
         ({"seeds": -1}, "seed is -1"),
         ({"num_steps": 0}, "num_steps is 0"),
     ],

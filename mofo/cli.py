@@ -21,38 +21,20 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mofo import __version__
+from mofo.options import DTYPES, parser
 
 if TYPE_CHECKING:
     from mofo.pipeline import Mofo, Result
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEPTHS = (".npy", ".npz", ".png", ".tif", ".tiff", ".exr")
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-FITS = (
-    "native",
-    "letterbox",
-    "stretch",
-)  # as in mofo.data.fit, which costs half a second to import
 SLUG_LENGTH = 48  # of the folder named after a prompt
-
-ABOUT = """\
-One model of pictures and their depth. What is given decides what is made:
-
-  mofo joint --prompt "a cozy sunlit kitchen with wooden cabinets"   picture and depth
-  mofo i2d --image photo.jpg                                         depth of a picture
-  mofo d2i --depth depth.npy --prompt "a shelf of books"             picture for a depth map
-
-A run writes a folder outputs/TIME-MODE: rgb.png, depth_raw.npy (float32, mean 1, 0 = not valid),
-depth_magma.png (near is bright), cloud.glb and cloud.ply, metadata.json (all that makes the same
-again). Of several inputs or samples each has a folder of its own in it.
-`mofo MODE --help` lists the options of a mode."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; 0, or 2 after one line on stderr that says what was wrong."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser().parse_args(argv)
+    args = parser(ACTIONS).parse_args(argv)
     args.line = shlex.join(["mofo", *argv])
     try:
         return args.run(args)
@@ -131,6 +113,9 @@ def find(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+ACTIONS = {"joint": joint, "i2d": i2d, "d2i": d2i, "export": export, "convert": convert}
+
+
 def _generate(
     args: argparse.Namespace,
     sources: list[Any],
@@ -142,6 +127,7 @@ def _generate(
 
     started, num_bad = time.perf_counter(), 0
     mofo, folder = _load(args), _run_folder(args.output_dir, args.mode)
+    mofo.read_prompts([args.prompt] if isinstance(args.prompt, str) else args.prompt)
     seeds = range(args.seed, args.seed + args.num_samples)
     named = zip(sources, _names(sources), strict=True)
     items = [(source, name, seed) for source, name in named for seed in seeds]
@@ -223,7 +209,17 @@ def _load(args: argparse.Namespace) -> "Mofo":
         on_gpu = torch.cuda.is_available() and not str(args.device).startswith("cpu")
         args.model = OFFICIAL if on_gpu else "small"
         print(f"model: {args.model} (--model takes another)", file=sys.stderr)
-    return Mofo.load(args.model, device=args.device, text_encoder=args.text_encoder)
+    return Mofo.load(
+        args.model,
+        device=args.device,
+        text_encoder=args.text_encoder,
+        revision=args.revision,
+        plan=args.plan,
+        compiled=args.compile,
+        num_samples=args.batch,
+        cfg_scale=args.cfg_scale,
+        announce=partial(print, file=sys.stderr),
+    )
 
 
 def _run_folder(parent: Path, mode: str) -> Path:
@@ -255,133 +251,6 @@ def _names(sources: Iterable[str | Path]) -> list[str]:
 
 def _complain(mode: str, error: Exception) -> None:
     print(f"mofo {mode}: {error}", file=sys.stderr)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mofo", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--version", action="version", version=f"mofo {__version__}")
-    modes = parser.add_subparsers(dest="mode", metavar="MODE", required=True)
-
-    # An option must be typed whole: an abbreviation that works today is ambiguous tomorrow.
-    add = partial(modes.add_parser, allow_abbrev=False)
-
-    mode = add("joint", help="picture and depth from a prompt")
-    mode.add_argument("--prompt", nargs="+", required=True, help="one or several, each in quotes")
-    _add_sampling(mode, joint, cfg_scale=4.0)
-    _add_tilt(mode, 5.0, "above 0 the picture is resolved before the depth")
-    about = "predict the depth once more, from the finished picture"
-    mode.add_argument("--refine-depth", action="store_true", help=about)
-
-    mode = add("i2d", help="depth of pictures")
-    mode.add_argument("--image", nargs="+", required=True, help="files, folders or patterns")
-    mode.add_argument("--prompt", default="", help="what the pictures show (default: nothing)")
-    _add_sampling(mode, i2d, cfg_scale=1.0)
-    _add_fit(mode)
-    about = "median of this many predictions, and how far they differ (default: %(default)s)"
-    mode.add_argument("--ensemble", type=_count, default=1, help=about)
-
-    mode = add("d2i", help="pictures for depth maps")
-    about = (
-        "files (.npy, .npz, 16-bit PNG or TIFF, .exr; any unit, 0 = not valid), folders, patterns"
-    )
-    mode.add_argument("--depth", nargs="+", required=True, help=about)
-    mode.add_argument("--prompt", required=True, help="what the pictures shall show")
-    _add_sampling(mode, d2i, cfg_scale=4.0)
-    _add_fit(mode)
-    _add_tilt(mode, None, "keep the depth loosely, from -5 (weakest) to -15; left out: exactly")
-
-    mode = add("export", help="a training run as a release folder")
-    mode.add_argument("run_folder", metavar="RUN", type=Path, help="such as runs/small")
-    mode.add_argument("--out", type=Path, required=True, help="the folder to write")
-    about = "averaged over training, or as trained last (default: %(default)s)"
-    mode.add_argument("--weights", choices=("ema", "raw"), default="ema", help=about)
-    mode.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
-    mode.set_defaults(run=export)
-
-    mode = add("convert", help="raw data as the shards that training reads")
-    _add_converters(mode)
-    return parser
-
-
-def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: float) -> None:
-    default = "(default: %(default)s)"
-    add = mode.add_argument
-    about = "small, a release folder, or a hub id (default: the method's release; small on a CPU)"
-    add("--model", help=about)
-    add("--text-encoder", help="a Qwen3 folder or hub id, in place of the release's own")
-    add("--num-steps", type=_count, default=50, help=f"steps of the sampler {default}")
-    add("--cfg-scale", type=float, default=cfg_scale, help=f"weight of the prompt {default}")
-    add("--seed", type=int, default=0, help=f"of the first sample {default}")
-    add("--num-samples", type=_count, default=1, help=f"seeds for each input {default}")
-    add("--batch", type=_count, default=1, help=f"samples made at once {default}")
-    about = "SIDE or WIDTHxHEIGHT that the network works at (default: as it was trained)"
-    add("--resolution", type=_resolution, help=about)
-    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    about = f"where the run's folder is made {default}"
-    add("--output-dir", type=Path, default=Path("outputs"), help=about)
-    add("--fov-deg", type=_degrees, default=65.0, help=f"vertical, of the point cloud {default}")
-    about = f"drop points at depth jumps above this share of the depth; 0: none {default}"
-    add("--edge-rtol", type=_share, default=0.04, help=about)
-    add("--sor", action="store_true", help="drop statistical outliers from the point cloud")
-    mode.set_defaults(run=run)
-
-
-def _add_fit(mode: argparse.ArgumentParser) -> None:
-    about = (
-        "how an input reaches the network: native keeps its aspect, letterbox pads it, stretch "
-        "distorts it as the method's own script does (default: %(default)s)"
-    )
-    mode.add_argument("--fit", choices=FITS, default=FITS[0], help=about)
-
-
-def _add_tilt(mode: argparse.ArgumentParser, default: float | None, about: str) -> None:
-    shown = "" if default is None else " (default: %(default)s)"
-    mode.add_argument("--log2-alpha", type=float, default=default, help=about + shown)
-
-
-def _add_converters(mode: argparse.ArgumentParser) -> None:
-    names = mode.add_subparsers(dest="name", metavar="NAME", required=True)
-    real = names.add_parser("samples", help="the photographs of data/samples")
-    real.add_argument("--keys", required=True, help="a file with the names to take, one a line")
-    scenes = names.add_parser("generated", help="ray-cast rooms and streets")
-    scenes.add_argument("--split", default="train", help="train or test (default: %(default)s)")
-    scenes.add_argument("--count", type=int, required=True, help="how many")
-    scenes.add_argument("--seed", type=int, default=0, help="of the set (default: %(default)s)")
-    size = {"nargs": 2, "type": int, "default": [64, 64], "metavar": ("H", "W")}
-    scenes.add_argument("--size", help="pixels (default: 64 64)", **size)
-    for converter in (real, scenes):
-        converter.add_argument("--out", required=True, help="the folder to write")
-        about = "(default: %(default)s)"
-        converter.add_argument("--samples-per-shard", type=_count, default=1000, help=about)
-        converter.set_defaults(run=convert)
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive; give 1 or more")
-    return value
-
-
-def _resolution(text: str) -> tuple[int, int]:
-    """(height, width) of SIDE or WIDTHxHEIGHT."""
-    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if sides is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; give 512, or 640x384")
-    return int(sides[2] or sides[1]), int(sides[1])
-
-
-def _share(text: str) -> float:
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is no share of the depth; give 0 or more")
-    return value
-
-
-def _degrees(text: str) -> float:
-    if not 0 < (value := float(text)) < 180:
-        raise argparse.ArgumentTypeError(f"{value} degrees; accepted: between 0 and 180")
-    return value
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from mofo.model.dit import ThreeStreamDiT
 class Encoders:
     """Captions -> text tokens, images <-> image tokens.
 
-    `text` and `autoencoder` are paths, or "small" for the shipped ones.
+    `text` and `autoencoder` are paths, or "small" for the shipped ones; `text` may be a hub id. The
+    text encoder is large and seldom needed: it is loaded by the first caption that it has not seen.
     """
 
     def __init__(
@@ -38,6 +39,10 @@ class Encoders:
     @torch.no_grad()
     def text(self, captions: list[str]) -> Float[Tensor, "b lt c"]:
         return self.text_encoder.encode(captions)
+
+    def free_text(self) -> None:
+        """Give the text encoder's memory back until a caption comes that it has not seen."""
+        self.text_encoder.free()
 
     @torch.no_grad()
     def image(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b l c"]:

@@ -12,10 +12,10 @@ its mean about 1; it is 0 where it is not valid.
 """
 
 import platform
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mofo import __version__
+from mofo import __version__, memory
+from mofo.calls import Call, OnStep, Seeds, counter, cut, in_order, listed, member_seed
 from mofo.data import fit as fits
 from mofo.data.fit import Fit
 from mofo.data.inputs import (
@@ -47,38 +48,28 @@ from mofo.sampler import sample
 OFFICIAL = "bartduis/modality_forcing"
 OFFICIAL_SIZE = (512, 512)
 OFFICIAL_TEXT = "Qwen/Qwen3-8B"
-NUM_SEEDS = 2**32  # torch's CPU generator reads 32 bits of a seed and ignores the others
 
-Seeds = int | Sequence[int] | None
 Size = tuple[int, int] | None
-OnStep = Callable[[int, int], None] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """One batch of one size, checked; a list has an entry per sample."""
-
-    mode: str
-    members: list[int]  # places in what the user gave
-    prompts: list[str]
-    seeds: list[int]
-    fits: list[Fit]
-    fit: str
-    grid: tuple[int, int]
-    num_steps: int
-    cfg_scale: float
-    log2_alpha: float | None
 
 
 class Mofo:
     """A released network with its encoders. Make one with `Mofo.load`."""
 
-    def __init__(self, *, release: Release, encoders: Encoders, folder: Path) -> None:
-        self.release, self.encoders, self.folder = release, encoders, folder
-        self.device = release.dit.img_in.weight.device
-        height, width = release.use.get("image_size", OFFICIAL_SIZE)
-        self.size = (int(height), int(width))
-        config = release.dit.config
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        outline: Release,
+        encoders: Encoders,
+        device: torch.device,
+        dtype: torch.dtype,
+        plan: memory.Plan = "resident",
+        compiled: bool = False,
+    ) -> None:
+        self.folder, self.outline, self.encoders = folder, outline, encoders
+        self.device, self.dtype, self.plan, self.compiled = device, dtype, plan, compiled
+        self.size = _size(outline)
+        config = outline.dit.config
         if not config.depth_channels:
             raise ValueError(
                 f"{folder} is a text-to-image base without depth; post-train it first "
@@ -87,7 +78,7 @@ class Mofo:
         for part, found, needed in (
             ("text encoder", encoders.text_encoder.channels, config.context_in_dim),
             ("autoencoder", encoders.autoencoder.channels, config.in_channels),
-            ("autoencoder's stride", encoders.autoencoder.stride, release.codec.patch_size),
+            ("autoencoder's stride", encoders.autoencoder.stride, outline.codec.patch_size),
         ):
             if found != needed:
                 raise ValueError(
@@ -106,31 +97,67 @@ class Mofo:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         text_encoder: str | Path | None = None,
+        revision: str | None = None,
+        plan: str | None = None,
+        compiled: bool = False,
+        num_samples: int = 1,
+        cfg_scale: float = 4.0,
+        announce: Callable[[str], None] | None = None,
     ) -> "Mofo":
-        """Load a release folder, or "small".
+        """Load a release: a folder, a hub id (at a `revision`), or "small".
 
         `device` None takes a GPU if there is one; `dtype` None is bfloat16 there, else float32
         (the depth head is float32 always). `text_encoder` replaces the release's own: "small", or
-        a Qwen3 folder, which the official releases need.
+        a folder or hub id of Qwen3. `plan` None takes the fastest of `mofo.memory` that holds
+        `num_samples` at once under `cfg_scale`; `announce` is told needs and plan before anything
+        large is loaded. `compiled` blocks cost minutes once and are faster afterwards.
         """
-        folder = weights.SMALL if str(path) == "small" else Path(path)
-        if not folder.is_dir():
-            raise ValueError(
-                f"there is no folder {path}; accepted are a release folder and 'small'. A release "
-                "on a hub must be downloaded first: give the folder it was downloaded to"
-            )
         device = _device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        release = weights.load(folder, device=device, dtype=dtype)
-        text = str(text_encoder or release.use.get("text", OFFICIAL_TEXT))
-        if text != "small" and not Path(text).is_dir():
-            raise ValueError(
-                f"{path} needs the text encoder {text}, and there is no such folder; pass "
-                "text_encoder= (--text-encoder on the command line): the folder with its "
-                "config.json, weights and tokenizer"
-            )
+        folder = weights.fetch(path, revision)
+        outline = weights.outline(folder)
+        text = str(text_encoder or outline.use.get("text", OFFICIAL_TEXT))
         encoders = Encoders(text=text, autoencoder=str(folder), device=device, dtype=dtype)
-        return cls(release=release, encoders=encoders, folder=folder)
+        needs = memory.measure(
+            outline,
+            text=encoders.text_encoder.num_bytes,
+            autoencoder=memory.autoencoder_bytes(folder, dtype),
+            dtype=dtype,
+            size=_size(outline),
+            num_samples=num_samples,
+            cfg_scale=cfg_scale,
+        )
+        free = memory.available(device)
+        chosen = memory.choose(needs, free, plan)
+        if announce is not None:
+            announce(memory.summary(needs, free, chosen))
+        mofo = cls(
+            folder=folder,
+            outline=outline,
+            encoders=encoders,
+            device=device,
+            dtype=dtype,
+            plan=chosen,
+            compiled=compiled,
+        )
+        if chosen == "resident":  # what is wrong with the weights shows here, not at the first use
+            _ = mofo.release
+        return mofo
+
+    @cached_property
+    def release(self) -> Release:
+        """The network with its weights; they are loaded when this is first read."""
+        host = self.plan == "offload"
+        release = weights.load(self.folder, "cpu" if host else self.device, self.dtype)
+        if host:
+            memory.stream_blocks(release.dit, self.device)
+        if self.compiled:
+            memory.compile_blocks(release.dit)
+        return release
+
+    def read_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts that will be needed, so that the text encoder has its turn but once."""
+        self._text(["", *prompts])
 
     def joint(
         self,
@@ -150,14 +177,13 @@ class Mofo:
         before the depth; None walks both together. `refine` predicts the depth once more, from the
         finished picture's tokens. `on_step` is told (steps done, steps in all).
         """
-        prompts, single = _listed(prompt)
+        prompts, single = listed(prompt)
         sizes = [size or self.size] * len(prompts)
-        calls = self._calls(
-            "joint", prompts, seeds, sizes, "native", size, num_steps, cfg_scale, log2_alpha
-        )
-        step = _counter(on_step, len(calls) * num_steps * (2 if refine else 1))
+        how = {"num_steps": num_steps, "cfg_scale": cfg_scale, "log2_alpha": log2_alpha}
+        calls = self._calls("joint", prompts, sizes, size, seeds=seeds, fit="native", **how)
+        step = counter(on_step, len(calls) * num_steps * (2 if refine else 1))
 
-        def make(call: _Call) -> list[Result]:
+        def make(call: Call) -> list[Result]:
             image, depth = self._sample(call, step)
             if refine:
                 second = replace(call, cfg_scale=1.0, log2_alpha=None)
@@ -166,7 +192,7 @@ class Mofo:
             extra = [{"refine_depth": refine}] * len(maps)
             return self._results(call, pictures, maps, image, depth, extra)
 
-        return _in_order(calls, make, single)
+        return in_order(calls, make, single)
 
     def image_to_depth(
         self,
@@ -186,15 +212,16 @@ class Mofo:
         An `ensemble` of K is the median of K predictions after scaling them to each other, with
         their spread as `uncertainty`. Member 0 has the sample's own seed, `tokens` are its.
         """
-        sources, single = _listed(picture)
+        sources, single = listed(picture)
         pictures = [read_picture(source) for source in sources]
         if ensemble < 1:
             raise ValueError(f"ensemble is {ensemble}; give 1 (no ensemble) or more")
         sizes = [one.shape[:2] for one in pictures]
-        calls = self._calls("i2d", prompt, seeds, sizes, fit, size, num_steps, cfg_scale, None)
-        step = _counter(on_step, len(calls) * num_steps * ensemble)
+        how = {"num_steps": num_steps, "cfg_scale": cfg_scale, "log2_alpha": None}
+        calls = self._calls("i2d", prompt, sizes, size, seeds=seeds, fit=fit, **how)
+        step = counter(on_step, len(calls) * num_steps * ensemble)
 
-        def make(call: _Call) -> list[Result]:
+        def make(call: Call) -> list[Result]:
             given = [pictures[k] for k in call.members]
             seen = [fits.picture_in(*one) for one in zip(given, call.fits, strict=True)]
             pixels = torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2).to(self.device)
@@ -212,7 +239,7 @@ class Mofo:
             pairs = zip(results, restored, strict=True)
             return [replace(result, uncertainty=spread) for result, (_, _, spread) in pairs]
 
-        return _in_order(calls, make, single)
+        return in_order(calls, make, single)
 
     def depth_to_image(
         self,
@@ -234,89 +261,79 @@ class Mofo:
         positive) it is filled from the nearest pixel. `log2_alpha` conditions softly, from -5
         (weakest) to -15; None keeps the given depth exactly.
         """
-        sources, single = _listed(depth)
+        sources, single = listed(depth)
         masks: list[Any] = [None] * len(sources) if valid is None else list(valid)
         masks = [valid] if single else masks
         if len(masks) != len(sources):
             raise ValueError(f"{len(masks)} valid masks for {len(sources)} depth maps; one each")
         maps = [read_depth(*one) for one in zip(sources, masks, strict=True)]
         sizes = [metres.shape for metres, _ in maps]
-        calls = self._calls(
-            "d2i", prompt, seeds, sizes, fit, size, num_steps, cfg_scale, log2_alpha
-        )
-        step = _counter(on_step, len(calls) * num_steps)
+        how = {"num_steps": num_steps, "cfg_scale": cfg_scale, "log2_alpha": log2_alpha}
+        calls = self._calls("d2i", prompt, sizes, size, seeds=seeds, fit=fit, **how)
+        step = counter(on_step, len(calls) * num_steps)
 
-        def make(call: _Call) -> list[Result]:
+        def make(call: Call) -> list[Result]:
             given = [maps[k] for k in call.members]
             pairs = [fits.depth_in(*one, fit) for one, fit in zip(given, call.fits, strict=True)]
             filled, measured = map(np.stack, zip(*pairs, strict=True))
-            tokens, _ = self.release.codec.encode(
+            tokens, _ = self.outline.codec.encode(
                 torch.from_numpy(filled), torch.from_numpy(measured)
             )
             image, tokens = self._sample(call, step, depth=tokens.to(self.device))
             made = zip(self._pictures(image, call), call.fits, strict=True)
             pictures = [fits.picture_out(*one) for one in made]
-            extra = [
-                {"num_filled": int((~mask).sum()), "filled_with": "nearest"} for _, mask in pairs
+            # A letterbox's borders are measured nowhere, but are no holes.
+            holes = [
+                one.box.height * one.box.width - mask.sum()
+                for one, (_, mask) in zip(call.fits, pairs, strict=True)
             ]
+            extra = [{"num_filled": int(n), "filled_with": "nearest"} for n in holes]
             relative = [_unit_mean(*one) for one in given]
             return self._results(call, pictures, relative, image, tokens, extra)
 
-        return _in_order(calls, make, single)
+        return in_order(calls, make, single)
 
     @property
     def weights_hash(self) -> str:
         """Names the weights in metadata."""
         return self._digest.result()
 
-    def _calls(
-        self, mode, prompt, seeds, sizes, fit, size, num_steps, cfg_scale, log2_alpha
-    ) -> list[_Call]:
-        """The samples grouped by the network's size, in the order of their first members."""
-        if not (count := len(sizes)):
-            raise ValueError(f"{mode} was given an empty list; give it at least one input")
-        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != count:
-            raise ValueError(f"{len(prompts)} prompts for {count} inputs; give one, or one each")
-        seeds, stride = _seeds(seeds, count), self.release.codec.patch_size
-        height, width = size = size or self.size
-        if min(size) < stride or height % stride or width % stride:
-            raise ValueError(
-                f"image is {height}x{width}, but both sides must be multiples of {stride}; "
-                f"leave size out for the {self.size[0]}x{self.size[1]} of the training"
-            )
-        chosen = [fits.choose(fit, source, size, stride) for source in sizes]
-        groups: dict[tuple[int, int], list[int]] = {}
-        for k, one in enumerate(chosen):
-            groups.setdefault(one.size, []).append(k)
-        return [
-            _Call(
-                mode=mode,
-                members=members,
-                prompts=[prompts[k] for k in members],
-                seeds=[seeds[k] for k in members],
-                fits=[chosen[k] for k in members],
-                fit=fit,
-                grid=(height // stride, width // stride),
-                num_steps=num_steps,
-                cfg_scale=cfg_scale,
-                log2_alpha=log2_alpha,
-            )
-            for (height, width), members in groups.items()
-        ]
+    def _calls(self, mode: str, prompt, sizes, size: Size, **settings: Any) -> list[Call]:
+        stride = self.outline.codec.patch_size
+        return cut(mode, prompt, sizes, size=size or self.size, stride=stride, **settings)
+
+    def _text(self, prompts: list[str]) -> Float[Tensor, "b lt c"]:
+        """Text tokens; unless all is resident, the text encoder and the network take turns."""
+        if self.plan == "resident":
+            return self.encoders.text(prompts)
+        known = self.encoders.text_encoder.knows(prompts)
+        loaded = "release" in vars(self) and self.plan == "turns"
+        if loaded and not known:
+            self.release.dit.to("cpu")
+        tokens = self.encoders.text(prompts)
+        if not known:
+            self.encoders.free_text()
+        if loaded and not known:
+            self.release.dit.to(self.device)
+        return tokens
 
     def _sample(
-        self, call: _Call, step: Callable[[], None], image: Tensor | None = None,
+        self,
+        call: Call,
+        step: Callable[[], None],
+        image: Tensor | None = None,
         depth: Tensor | None = None,
-    ) -> tuple[Float[Tensor, "b l ci"], Float[Tensor, "b l cd"]]:  # fmt: skip
+    ) -> tuple[Float[Tensor, "b l ci"], Float[Tensor, "b l cd"]]:
+        nulls = [""] if call.cfg_scale > 1 else []
+        text = self._text([*nulls, *call.prompts])  # before the network: it may come after a turn
         made = sample(
             self.release.dit,
-            self.release.schedule,
-            self.encoders.text(call.prompts),
+            self.outline.schedule,
+            text[len(nulls) :],
             grid=call.grid,
             image=image,
             depth=depth,
-            null_text=self.encoders.text([""]) if call.cfg_scale > 1 else None,
+            null_text=text[:1] if nulls else None,
             num_steps=call.num_steps,
             cfg_scale=call.cfg_scale,
             log2_alpha=call.log2_alpha,
@@ -326,16 +343,16 @@ class Mofo:
         assert made[1] is not None  # the network has a depth stream
         return made[0], made[1]
 
-    def _pictures(self, tokens: Tensor, call: _Call) -> list[Picture]:
+    def _pictures(self, tokens: Tensor, call: Call) -> list[Picture]:
         pixels = self.encoders.pixels(tokens, call.grid).float().cpu()
         pixels = ((pixels + 1) * 127.5).round().to(torch.uint8)
         return list(pixels.permute(0, 2, 3, 1).contiguous().numpy())
 
-    def _maps(self, tokens: Tensor, call: _Call) -> list[DepthMap]:
-        depth, valid = self.release.codec.decode(tokens, call.grid)
+    def _maps(self, tokens: Tensor, call: Call) -> list[DepthMap]:
+        depth, valid = self.outline.codec.decode(tokens, call.grid)
         return list(zip(depth.cpu().numpy(), valid.cpu().numpy(), strict=True))
 
-    def _results(self, call: _Call, pictures, maps, image, depth, extra) -> list[Result]:
+    def _results(self, call: Call, pictures, maps, image, depth, extra) -> list[Result]:
         return [
             Result(
                 image=pictures[k],
@@ -347,7 +364,7 @@ class Mofo:
             for k in range(len(call.members))
         ]
 
-    def _metadata(self, call: _Call, k: int) -> dict[str, Any]:
+    def _metadata(self, call: Call, k: int) -> dict[str, Any]:
         fit = call.fits[k]
         return {
             "mode": call.mode,
@@ -362,7 +379,9 @@ class Mofo:
             "weights": self.weights_hash,
             "text_encoder": self.encoders.name,
             "device": self.device.type,
-            "dtype": str(self.release.dit.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "plan": self.plan,
+            "compiled": self.compiled,
             "versions": {
                 "mofo": __version__,
                 "torch": torch.__version__,
@@ -371,29 +390,9 @@ class Mofo:
         }
 
 
-def member_seed(seed: int, k: int) -> int:
-    """Seed of member k of an ensemble: hashed, because seed + k is the next sample's own."""
-    return seed if k == 0 else zlib.crc32(f"{seed}/{k}".encode())
-
-
-def _in_order(calls: list[_Call], make: Callable[[_Call], list[Result]], single: bool) -> Any:
-    """Results of all calls, in the order of what the user gave."""
-    results: dict[int, Result] = {}
-    for call in calls:
-        results |= zip(call.members, make(call), strict=True)
-    return results[0] if single else [results[k] for k in sorted(results)]
-
-
-def _counter(on_step: OnStep, total: int) -> Callable[[], None]:
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done, total)
-
-    return step
+def _size(release: Release) -> tuple[int, int]:
+    height, width = release.use.get("image_size", OFFICIAL_SIZE)
+    return int(height), int(width)
 
 
 def _merged(maps: Sequence[DepthMap]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -412,8 +411,9 @@ def _restored(
     if spread is None:
         return out, out_valid, None
     top, left, height, width = fit.box
+    rows, columns = fit.source
     inside = Image.fromarray(spread[top : top + height, left : left + width])
-    smooth = np.asarray(inside.resize(fit.source[::-1], Image.Resampling.BILINEAR))
+    smooth = np.asarray(inside.resize((columns, rows), Image.Resampling.BILINEAR))
     return out, out_valid, np.where(out_valid, smooth, np.float32(0))
 
 
@@ -432,18 +432,3 @@ def _device(device: torch.device | str | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device}, but no CUDA device is found here; use cpu")
     return chosen
-
-
-def _seeds(seeds: Seeds, count: int) -> list[int]:
-    chosen = range(count) if seeds is None else [seeds] if isinstance(seeds, int) else seeds
-    chosen = [int(seed) for seed in chosen]
-    if len(chosen) != count:
-        raise ValueError(f"{len(chosen)} seeds for {count} samples; give one seed per sample")
-    if bad := [seed for seed in chosen if not 0 <= seed < NUM_SEEDS]:
-        raise ValueError(f"seed is {bad[0]}; accepted: 0 to {NUM_SEEDS - 1}")
-    return chosen
-
-
-def _listed(given: Any) -> tuple[list[Any], bool]:
-    """The inputs as a list, and whether there was one that is no list."""
-    return (list(given), False) if isinstance(given, list | tuple) else ([given], True)

@@ -79,7 +79,8 @@ class Result:
         self, folder: Path, *, fov_deg: float, edge_rtol: float, drop_outliers: bool
     ) -> dict[str, Any]:
         """Write the clouds, or remove an earlier result's if this depth has none."""
-        intrinsics = intrinsics_from_fov(*self.depth.shape, fov_deg)
+        height, width = self.depth.shape
+        intrinsics = intrinsics_from_fov(height, width, fov_deg)
         options = {"edge_rtol": edge_rtol, "drop_outliers": drop_outliers}
         try:
             cloud = point_cloud(self.depth, self.image, intrinsics, self.valid, **options)

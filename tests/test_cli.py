@@ -9,16 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from PIL import Image
-from tiny import CONFIG, SIZE, network, save_release
+from tiny import save_release
 
-from mofo.cli import _names, _parser, find, main
-from mofo.model import weights
-from mofo.pipeline import Mofo
-from mofo.training.callbacks import EMA
+from mofo import memory, options
+from mofo.cli import ACTIONS, _names, find, main
+from mofo.data import fit
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--num-steps", "2", "--device", "cpu"]
@@ -40,24 +36,6 @@ def inputs(tmp_path: Path) -> Path:
     return inside
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run's folder as training leaves it: frozen config and a checkpoint with an average."""
-    changes = [f"model.{name}={value}" for name, value in CONFIG.items()]
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*changes, "name=tiny", f"data.size=[{SIZE[0]},{SIZE[1]}]"])
-    raw, average = network(1).state_dict(), network(2).state_dict()
-    where = tmp_path / "run"
-    (where / "checkpoints").mkdir(parents=True)
-    OmegaConf.save(cfg, where / "config.yaml", resolve=True)
-    state = {
-        "state_dict": {f"dit.{name}": tensor for name, tensor in raw.items()},
-        "callbacks": {EMA(decay=0.9).state_key: {"num_updates": 5, "average": average}},
-    }
-    torch.save(state, where / "checkpoints" / "step_00000005.ckpt")
-    return where
-
-
 def only(parent: Path) -> Path:
     """The one run's folder in an output folder."""
     [folder] = parent.iterdir()
@@ -69,8 +47,10 @@ def refused(capsys, argv: list[str]) -> str:
     assert main([str(one) for one in argv]) == 2
     said = capsys.readouterr()
     assert "Traceback" not in said.err
-    assert said.err.startswith("mofo ")
-    return said.err
+    *before, line = said.err.splitlines()
+    assert all(one.startswith(("needs: ", "has: ", "model: ")) for one in before)
+    assert line.startswith("mofo ")
+    return line
 
 
 def test_help_answers_in_half_a_second_and_teaches() -> None:
@@ -225,69 +205,6 @@ def test_find_keeps_the_order_and_drops_repeats(inputs: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("ema", 2), ("raw", 1)])
-def test_an_exported_run_is_what_was_trained(run: Path, tmp_path: Path, kind, seed) -> None:
-    out = tmp_path / "out"
-    assert main(["export", str(run), "--out", str(out), "--weights", kind, "--dtype", "fp32"]) == 0
-    wanted, mofo = network(seed).state_dict(), Mofo.load(out, device="cpu")
-    for name, tensor in mofo.release.dit.state_dict().items():
-        assert torch.equal(tensor, wanted[name]), name
-    assert mofo.size == SIZE
-    frozen = OmegaConf.load(run / "config.yaml").objective
-    assert mofo.release.schedule.rgb_shift_mu == frozen.image_schedule.mu
-    assert mofo.joint("a kitchen", num_steps=2).depth.shape == SIZE
-
-
-def test_export_load_export_keeps_every_byte_of_the_tensors(run: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    main(["export", str(run), "--out", str(first)])
-    assert {path.name for path in first.iterdir()} == {
-        "config.json", "model.safetensors", "ae_basis.safetensors",
-    }  # fmt: skip
-    release = weights.load(first, dtype=torch.bfloat16)
-    weights.save(release, second)
-    before = weights.read_tensors(first / "model.safetensors")
-    after = weights.read_tensors(second / "model.safetensors")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        head = name.startswith("dit.depth_final_layer.")
-        assert tensor.dtype == after[name].dtype == (torch.float32 if head else torch.bfloat16)
-        assert torch.equal(tensor, after[name])
-    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
-    shipped = ROOT / "mofo" / "small" / "ae_basis.safetensors"
-    for name, tensor in weights.read_tensors(shipped).items():
-        kept = weights.read_tensors(first / "ae_basis.safetensors")[name]
-        assert torch.equal(kept, tensor)
-
-
-def test_an_export_never_replaces_a_release(run: Path, folder: Path, capsys) -> None:
-    before = (folder / "model.safetensors").read_bytes()
-    assert "holds a release already" in refused(capsys, ["export", run, "--out", folder])
-    assert (folder / "model.safetensors").read_bytes() == before
-
-
-def test_a_run_that_cannot_be_exported_says_why(run: Path, tmp_path: Path, capsys) -> None:
-    argv = ["export", run, "--out", tmp_path / "out"]
-    absent = ["export", tmp_path / "absent", "--out", tmp_path / "out"]
-    assert "is no training run" in refused(capsys, absent)
-
-    checkpoint = run / "checkpoints" / "step_00000005.ckpt"
-    state = torch.load(checkpoint, weights_only=True)
-    torch.save(state | {"callbacks": {}}, checkpoint)
-    assert "--weights raw" in refused(capsys, argv)
-
-    cfg = OmegaConf.load(run / "config.yaml")
-    OmegaConf.save(OmegaConf.merge(cfg, {"model": {"hidden_size": 64}}), run / "config.yaml")
-    assert "axes_dim" in refused(capsys, argv)
-    part = OmegaConf.create({"model": cfg.model, "data": {"size": [64, 64]}})
-    OmegaConf.save(part, run / "config.yaml")
-    assert "lacks encoders.text, encoders.autoencoder" in refused(capsys, argv)
-    OmegaConf.save(cfg, run / "config.yaml")
-    checkpoint.unlink()
-    assert "no readable checkpoint" in refused(capsys, argv)
-    assert not (tmp_path / "out").exists()
-
-
 def test_convert_makes_a_set_once(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
     keys = tmp_path / "keys.txt"
@@ -301,8 +218,28 @@ def test_convert_makes_a_set_once(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "split is 'none'" in refused(capsys, scenes)
 
 
+def test_the_choices_are_those_of_the_package() -> None:
+    assert options.FITS == fit.FITS
+    assert options.PLANS == memory.PLANS
+
+
+@pytest.mark.parametrize("plan", memory.PLANS)
+def test_every_plan_makes_the_same_and_says_what_it_needs(
+    folder: Path, inputs: Path, tmp_path: Path, capsys, plan: str
+) -> None:
+    argv = ["i2d", "--model", folder, "--image", inputs / "a.png", "--prompt", "a", *FEW]
+    assert main([str(one) for one in [*argv, "--output-dir", tmp_path / "first"]]) == 0
+    assert main([str(one) for one in [*argv, "--output-dir", tmp_path / plan, "--plan", plan]]) == 0
+    said = capsys.readouterr().err
+    assert "needs: network" in said
+    assert f'plan "{plan}" takes' in said
+    first, second = (np.load(only(tmp_path / x) / "depth_raw.npy") for x in ("first", plan))
+    assert (first == second).all()
+    assert json.loads((only(tmp_path / plan) / "metadata.json").read_text())["plan"] == plan
+
+
 def test_every_option_has_a_help_text() -> None:
-    modes = _parser()._subparsers._group_actions[0].choices
+    modes = options.parser(ACTIONS)._subparsers._group_actions[0].choices
     for mode in modes.values():
         for action in mode._actions:
             assert action.help or action.dest == "name", action

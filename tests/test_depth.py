@@ -1,4 +1,4 @@
-"""`DepthCodec`: golden numbers, inverse of inverse, and no depth out of nothing."""
+"""`DepthCodec`, `resample`, `merge`: golden numbers, planted answers, no depth out of nothing."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mofo.depth import EDGE, DepthCodec, contract, expand, fill_nearest
+from mofo import depth as module
+from mofo.depth import (
+    EDGE,
+    SURFACE,
+    DepthCodec,
+    contract,
+    expand,
+    fill_nearest,
+    merge,
+    resample,
+)
 from mofo.model.weights import read_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -139,3 +149,144 @@ def test_fill_of_nothing_measured_is_one_and_of_everything_is_itself() -> None:
     metres = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert (fill_nearest(metres, np.zeros((2, 3), bool)) == 1).all()
     assert (fill_nearest(metres, np.ones((2, 3), bool)) == metres).all()
+
+
+def plane(size: tuple[int, int], *, of: tuple[int, int]) -> np.ndarray:
+    """A plane seen by `of` pixels, sampled at the centres of `size`."""
+    row, column = ((np.arange(n) + 0.5) * m / n for n, m in zip(size, of, strict=True))
+    return (1 / (0.5 + 0.03 * row[:, None] + 0.01 * column)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [(60, 80), (25, 31), (7, 9), (6, 200), (90, 3)])
+def test_a_resampled_plane_is_the_plane(size: tuple[int, int]) -> None:
+    old = (12, 16)
+    depth, valid = resample(plane(old, of=old), np.ones(old, bool), size)
+    assert valid.all()
+    # Beyond the centres of the outermost pixels there is nothing to go by.
+    row, column = ((np.arange(n) + 0.5) * m / n for n, m in zip(size, old, strict=True))
+    inside = np.ix_((row >= 0.5) & (row <= old[0] - 0.5), (column >= 0.5) & (column <= 15.5))
+    np.testing.assert_allclose(depth[inside], plane(size, of=old)[inside], rtol=1e-6)
+
+
+def test_a_step_stays_a_step_and_no_depth_between_is_invented() -> None:
+    depth = np.full((6, 8), 2.0, np.float32)
+    depth[:, 4:] = 2.0 * (1 + 1.2 * SURFACE)
+    resampled, valid = resample(depth, np.ones((6, 8), bool), (30, 40))
+    assert valid.all()
+    np.testing.assert_allclose(resampled, np.kron(depth, np.ones((5, 5))), rtol=1e-6)
+
+
+def test_each_side_of_a_step_stays_smooth() -> None:
+    near, far = plane((6, 8), of=(6, 8)), 3 * plane((6, 8), of=(6, 8))
+    is_near = np.arange(8) < 4
+    resampled, _ = resample(np.where(is_near, near, far), np.ones((6, 8), bool), (60, 80))
+    along = resampled[5:-5, 39]  # beside the step
+    assert (np.diff(along) < 0).all()
+    assert np.abs(np.diff(along, 2)).max() < 2e-3
+
+
+def test_what_is_not_valid_stays_so_and_touches_nothing() -> None:
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(1, 1.05, (6, 8)).astype(np.float32)
+    valid = rng.random((6, 8)) < 0.7
+    strange = depth.copy()
+    strange[~valid] = rng.choice([0, -1, np.nan, np.inf, 1.02], (~valid).sum())
+    resampled, found = resample(strange, valid, (30, 40))
+    assert (found == np.kron(valid, np.ones((5, 5), bool))).all()
+    assert (resampled[~found] == 0).all()
+    assert resampled[found].min() >= depth[valid].min() * (1 - 1e-6)
+    assert resampled[found].max() <= depth[valid].max() * (1 + 1e-6)
+    other, _ = resample(np.where(valid, depth, 7), valid, (30, 40))
+    assert (other == resampled).all()
+
+
+def test_resampling_to_the_same_size_changes_nothing() -> None:
+    depth = np.random.default_rng(0).uniform(1, 9, (6, 8)).astype(np.float32)
+    valid = depth > 2
+    same, found = resample(depth, valid, (6, 8))
+    assert (same == np.where(valid, depth, 0)).all()
+    assert (found == valid).all()
+
+
+def test_bands_do_not_show(monkeypatch) -> None:
+    depth = np.random.default_rng(0).uniform(1, 1.3, (9, 7)).astype(np.float32)
+    whole, _ = resample(depth, depth > 1.01, (50, 40))
+    monkeypatch.setattr(module, "BAND", 3 * 40)
+    banded, _ = resample(depth, depth > 1.01, (50, 40))
+    assert (banded == whole).all()
+
+
+@pytest.mark.parametrize("value", [1e-44, 1e-38, 1e38])
+def test_extreme_depth_does_not_become_infinite(value: float) -> None:
+    depth, _ = resample(np.full((3, 3), value, np.float32), np.ones((3, 3), bool), (7, 7))
+    assert np.isfinite(depth).all()
+    assert (depth >= 0).all()
+
+
+def members(k: int, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """k noisy views of one map at random scales, and the map with mean 1."""
+    rng = np.random.default_rng(k)
+    truth = np.exp(rng.normal(0, 0.5, (20, 30)))
+    scales = np.exp(rng.normal(0, 1, (k, 1, 1)))
+    depths = scales * truth * np.exp(noise * rng.normal(size=(k, 20, 30)))
+    return depths.astype(np.float32), np.ones(depths.shape, bool), truth / truth.mean()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7])
+def test_members_that_differ_only_in_scale_agree_completely(k: int) -> None:
+    depths, valids, truth = members(k, 0.0)
+    depth, valid, uncertainty = merge(depths, valids)
+    assert valid.all()
+    np.testing.assert_allclose(depth, truth, rtol=1e-5)
+    assert uncertainty.max() < 1e-5
+    assert depth.mean(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+
+
+def test_uncertainty_is_the_relative_spread_of_the_members() -> None:
+    depths, valids, truth = members(25, 0.05)
+    depth, _, uncertainty = merge(depths, valids)
+    assert uncertainty.mean() == pytest.approx(0.05, rel=0.1)
+    assert np.abs(depth / truth - 1).mean() < 0.02
+
+
+def test_one_wrong_member_moves_little() -> None:
+    depths, valids, truth = members(5, 0.001)
+    depths[2] = np.random.default_rng(9).uniform(1, 100, (20, 30))
+    depth, _, uncertainty = merge(depths, valids)
+    assert np.abs(depth / truth - 1).max() < 0.01
+    assert uncertainty.max() < 0.01
+
+
+def test_the_order_of_members_changes_nothing() -> None:
+    depths, valids, _ = members(6, 0.1)
+    valids[np.random.default_rng(1).random(valids.shape) < 0.3] = False
+    order = [3, 5, 0, 1, 4, 2]
+    for one, other in zip(merge(depths, valids), merge(depths[order], valids[order]), strict=True):
+        assert (one == other).all()
+
+
+def test_the_scale_of_a_member_changes_nothing() -> None:
+    depths, valids, _ = members(5, 0.1)
+    one, _, _ = merge(depths, valids)
+    other, _, _ = merge(depths * np.float32([[[1]], [[8]], [[0.25]], [[64]], [[1]]]), valids)
+    np.testing.assert_allclose(other, one, rtol=1e-4)
+
+
+def test_merged_depth_is_valid_where_more_than_half_of_the_members_are() -> None:
+    depths, valids, truth = members(4, 0.0)
+    valids[:2, 0], valids[0, 1], valids[:, 2] = False, False, False
+    depths[~valids] = np.nan
+    depth, valid, uncertainty = merge(depths, valids)
+    assert not valid[[0, 2]].any()
+    assert valid[1].all()
+    assert valid[3:].all()
+    assert (depth[~valid] == 0).all()
+    assert (uncertainty[~valid] == 0).all()
+    np.testing.assert_allclose(depth[valid], truth[valid] / truth[valid].mean(), rtol=1e-5)
+
+
+def test_a_member_without_depth_and_no_depth_at_all_are_survived() -> None:
+    depths, valids, truth = members(3, 0.0)
+    valids[1] = False
+    np.testing.assert_allclose(merge(depths, valids)[0], truth, rtol=1e-5)
+    assert not any(one.any() for one in merge(depths, np.zeros_like(valids)))

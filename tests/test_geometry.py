@@ -1,6 +1,9 @@
 """Unprojection, the cloud's orientation, and what is written to disk."""
 
+import json
 import os
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +58,27 @@ def test_pixels_beside_a_depth_step_are_dropped() -> None:
     assert not on_edge(depth, np.ones((5, 6), bool)).any()
 
 
+def test_the_edge_threshold_is_a_choice_and_zero_keeps_all() -> None:
+    depth, image = np.ones((5, 6)), np.zeros((5, 6, 3), np.uint8)
+    depth[:, 3:] = 1.05
+    for edge_rtol, count in ((geometry.EDGE, 20), (0.051, 30), (0.01, 20), (0.0, 30)):
+        cloud = point_cloud(depth, image, np.eye(3), edge_rtol=edge_rtol)
+        assert len(cloud.points) == count
+    assert len(point_cloud(depth, image, np.eye(3)).points) == 20
+
+
+@pytest.mark.parametrize("edge_rtol", [-0.1, np.nan, np.inf])
+def test_an_impossible_edge_threshold_is_refused(edge_rtol: float) -> None:
+    with pytest.raises(ValueError, match="edge_rtol is .* 0 keeps edges"):
+        point_cloud(np.ones((4, 4)), np.zeros((4, 4, 3), np.uint8), np.eye(3), edge_rtol=edge_rtol)
+
+
+def test_depth_that_is_all_edges_says_what_keeps_them() -> None:
+    depth = np.indices((6, 6)).sum(0) % 2 + 1.0
+    with pytest.raises(ValueError, match="no point is left of 36 pixels.*pass 0 to keep them"):
+        point_cloud(depth, np.zeros((6, 6, 3), np.uint8), np.eye(3))
+
+
 def test_invalid_depth_neither_makes_points_nor_edges() -> None:
     depth = np.full((5, 5), 3.0)
     depth[2, 2], depth[0, 0], depth[4, 4] = np.nan, 0.0, 50.0
@@ -82,16 +106,89 @@ def test_a_lone_far_point_is_an_outlier() -> None:
     assert geometry.outliers(points).mean() < 0.2
 
 
+def as_a_viewer_shows(path: Path) -> Cloud:
+    """The points and colours of a file; a .glb's light is encoded as glTF tells a viewer to."""
+    loaded = trimesh.load(path).dump()[0] if path.suffix == ".glb" else trimesh.load(path)
+    colours = np.asarray(loaded.colors)[:, :3]
+    if path.suffix == ".glb":
+        light = colours / 255
+        code = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
+        colours = np.rint(255 * code).astype(np.uint8)
+    return Cloud(np.asarray(loaded.vertices, np.float32), colours)
+
+
+def glb_parts(path: Path) -> tuple[dict, bytes]:
+    """The JSON and the binary chunk, cut by hand."""
+    content = path.read_bytes()
+    magic, version, total, length, kind = struct.unpack("<4sIII4s", content[:20])
+    assert (magic, version, total, kind) == (b"glTF", 2, len(content), b"JSON")
+    return json.loads(content[20 : 20 + length]), content[20 + length + 8 :]
+
+
 @pytest.mark.parametrize("suffix", [".ply", ".glb"])
 def test_points_and_colours_read_back(tmp_path, suffix) -> None:
     rng = np.random.default_rng(0)
     points = rng.normal(size=(50, 3)).astype(np.float32)
     colours = rng.integers(0, 256, (50, 3), dtype=np.uint8)
     save_cloud(points, colours, tmp_path / f"cloud{suffix}")
-    back = trimesh.load_scene(tmp_path / f"cloud{suffix}").dump()[0]
-    assert np.allclose(back.vertices, points, atol=1e-6)
-    assert (np.asarray(back.colors)[:, :3] == colours).all()
+    back = as_a_viewer_shows(tmp_path / f"cloud{suffix}")
+    assert np.allclose(back.points, points, atol=1e-6)
+    lost = np.abs(back.colours.astype(int) - colours)
+    assert lost.max() <= (0 if suffix == ".ply" else 6)
+    assert lost[colours > 64].max() <= (0 if suffix == ".ply" else 1)
     assert [file.name for file in tmp_path.iterdir()] == [f"cloud{suffix}"]
+
+
+def test_a_glb_holds_points_with_colours_as_linear_light(tmp_path) -> None:
+    points = np.arange(12, dtype=np.float32).reshape(4, 3)
+    colours = np.array([[255, 0, 0], [188, 188, 188], [0, 0, 255], [118, 0, 0]], np.uint8)
+    save_cloud(points, colours, tmp_path / "cloud.glb")
+    tree, binary = glb_parts(tmp_path / "cloud.glb")
+    (primitive,) = (one for mesh in tree["meshes"] for one in mesh["primitives"])
+    assert primitive["mode"] == 0  # POINTS
+    where, colour = (tree["accessors"][primitive["attributes"][n]] for n in ("POSITION", "COLOR_0"))
+    assert (where["componentType"], where["type"], where["count"]) == (5126, "VEC3", 4)
+    assert (where["min"], where["max"]) == ([0, 1, 2], [9, 10, 11])
+    assert (colour["componentType"], colour["type"], colour["count"]) == (5121, "VEC4", 4)
+    assert colour["normalized"]
+    start = tree["bufferViews"][colour["bufferView"]]["byteOffset"]
+    light = np.frombuffer(binary, np.uint8, 16, start).reshape(4, 4)
+    # 188 is half of the light and 118 is 18 % of it, by the definition of sRGB.
+    assert light[:, :3].tolist() == [[255, 0, 0], [128, 128, 128], [0, 0, 255], [46, 0, 0]]
+    assert (light[:, 3] == 255).all()
+    assert "NORMAL" not in primitive["attributes"]  # without it a viewer adds no light of its own
+    assert tree["materials"][primitive["material"]]["pbrMetallicRoughness"]["baseColorFactor"] == [
+        1, 1, 1, 1,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".glb"])
+def test_a_saved_cloud_looks_as_its_picture_did(tmp_path, suffix) -> None:
+    """Red left, green right, blue above; what is below comes towards the viewer."""
+    h, w = 60, 80
+    image = np.zeros((h, w, 3), np.uint8)
+    image[:, : w // 2], image[:, w // 2 :], image[:20] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    depth = np.repeat(np.linspace(4, 3, h)[:, None], w, axis=1)
+    save_cloud(*point_cloud(depth, image, intrinsics_from_fov(h, w)), tmp_path / f"cloud{suffix}")
+    cloud = as_a_viewer_shows(tmp_path / f"cloud{suffix}")
+    picture = geometry.render(cloud, (h, w), yaw=0.0, pitch=0.0)
+    shown = [tuple(picture[at]) for at in ((40, 20), (40, 60), (12, 20))]
+    assert shown == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    blue = (cloud.colours == (0, 0, 255)).all(axis=1)
+    assert cloud.points[blue, 2].max() < cloud.points[~blue, 2].min()  # farther down -Z
+    # From the camera itself, every point is seen where its pixel was.
+    seen = cloud.points - point_of_camera(depth)
+    column = w / 2 + (h / 2 / np.tan(np.radians(32.5))) * seen[:, 0] / -seen[:, 2]
+    row = h / 2 - (h / 2 / np.tan(np.radians(32.5))) * seen[:, 1] / -seen[:, 2]
+    again = np.zeros_like(image)
+    again[row.astype(int), column.astype(int)] = cloud.colours
+    assert (again == image).all()
+
+
+def point_of_camera(depth: np.ndarray) -> np.ndarray:
+    """Where the camera stands in the cloud that `point_cloud` makes of depth without edges."""
+    points = unproject(depth, intrinsics_from_fov(*depth.shape)) * (1, -1, -1)
+    return -np.median(points.reshape(-1, 3), axis=0)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch) -> None:

@@ -20,13 +20,19 @@ LEVELS = {
     0: {"flow", "schedule", "depth", "geometry", "metrics", "picture"},
     1: {"model"},
     2: {"frozen", "memory", "objective", "sampler", "result", "data"},
-    3: {"pipeline", "evaluation"},
+    3: {"calls", "pipeline", "evaluation"},
     4: {"training"},
-    5: {"cli", "demo"},
+    5: {"cli", "options", "demo"},
 }
 # The imports inside one level: a schedule draws from flow's streams of randomness, evaluation runs
 # the pipeline, the command line starts the page.
-PEERS = {("schedule", "flow"), ("evaluation", "pipeline"), ("cli", "demo")}
+PEERS = {
+    ("schedule", "flow"),
+    ("pipeline", "calls"),
+    ("evaluation", "pipeline"),
+    ("cli", "options"),
+    ("cli", "demo"),
+}
 
 # Where a dependency may be imported, as path prefixes; the longest matching name decides.
 LEVEL_0 = tuple(f"mofo/{part}.py" for part in LEVELS[0])

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from tiny import SIZE, network, save_release
 
+from mofo.calls import member_seed
 from mofo.data.inputs import read_depth, read_picture
 from mofo.data.sample import decode_image
 from mofo.depth import merge
 from mofo.model import weights
-from mofo.pipeline import Mofo, member_seed
+from mofo.pipeline import Mofo
 from mofo.result import Result, Tokens
 
 FEW = {"num_steps": 3}
@@ -393,7 +394,7 @@ def test_a_text_encoder_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     for use, words in (({}, "Qwen3-8B"), ({"text": "/else/Qwen3-4B"}, "/else/Qwen3-4B")):
         (folder / "config.json").write_text(json.dumps(config | {"use": use}))
-        with pytest.raises(ValueError, match=f"{words}.*pass text_encoder="):
+        with pytest.raises(ValueError, match=f"{words}.*--text-encoder"):
             Mofo.load(folder)
     assert Mofo.load(folder, text_encoder="small").encoders.name == "small"
 
@@ -413,6 +414,15 @@ def test_a_release_without_its_autoencoder_is_refused(tmp_path: Path) -> None:
 
 
 def test_encoders_that_do_not_fit_the_network_are_refused(mofo: Mofo) -> None:
+    def refuse(outline: weights.Release) -> None:
+        Mofo(
+            folder=mofo.folder,
+            outline=outline,
+            encoders=mofo.encoders,
+            device=mofo.device,
+            dtype=mofo.dtype,
+        )
+
     others = {
         "text encoder": {"context_in_dim": 32},
         "autoencoder": {"in_channels": 8},
@@ -422,14 +432,14 @@ def test_encoders_that_do_not_fit_the_network_are_refused(mofo: Mofo) -> None:
             dit=network(**changes), codec=mofo.release.codec, schedule=mofo.release.schedule
         )
         with pytest.raises(ValueError, match=f"trained with another {part}"):
-            Mofo(release=release, encoders=mofo.encoders, folder=mofo.folder)
+            refuse(release)
     release = weights.Release(
         dit=network(depth_channels=0, depth_decoder_num_layers=0),
         codec=mofo.release.codec,
         schedule=mofo.release.schedule,
     )
     with pytest.raises(ValueError, match="base without depth"):
-        Mofo(release=release, encoders=mofo.encoders, folder=mofo.folder)
+        refuse(release)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

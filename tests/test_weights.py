@@ -207,6 +207,126 @@ def test_loading_survives_the_file_being_replaced(folder: Path) -> None:
     assert same(dit, weights.load(GOLDEN / "tiny_v2").dit)
 
 
+def test_an_outline_says_what_the_release_is_and_holds_nothing() -> None:
+    outline, release = weights.outline(GOLDEN / "tiny_v2"), weights.load(GOLDEN / "tiny_v2")
+    assert replace(outline, dit=release.dit) == release
+    assert outline.dit.config == release.dit.config
+    assert all(parameter.is_meta for parameter in outline.dit.parameters())
+
+
+def test_the_numbers_of_a_file_are_counted_from_its_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    expected = sum(tensor.numel() for tensor in load_file(file).values())
+    assert weights.count_elements(file) == expected
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        weights.count_elements(file)
+
+
+FIRST, SECOND = "a" * 40, "b" * 40  # commits
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache, offline: two commits of one release, the first with a tag."""
+    from huggingface_hub import constants
+
+    (folder / "ae_encoder.safetensors").touch()
+    (folder / "ae_decoder.safetensors").touch()
+    repository = tmp_path / "cache" / "models--org--name"
+    for commit, scale in ((FIRST, 1.0), (SECOND, 2.0)):
+        edit_config(folder, "depth", depth_value_scale=scale)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(FIRST)
+    (repository / "refs" / "main").write_text(SECOND)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("revision", "commit"), [(None, SECOND), ("main", SECOND), ("v1", FIRST), (FIRST, FIRST)]
+)
+def test_a_hub_id_is_found_offline_at_its_revision(
+    hub_cache: Path, revision: str | None, commit: str
+) -> None:
+    folder = weights.fetch("org/name", revision)
+    assert folder == hub_cache / "models--org--name" / "snapshots" / commit
+    assert weights.load(folder).codec.depth_value_scale == (1.0 if commit == FIRST else 2.0)
+
+
+def test_weights_load_by_hub_id(hub_cache: Path) -> None:
+    assert same(weights.load("org/name").dit, weights.load(GOLDEN / "tiny_v2").dit)
+
+
+def test_a_local_folder_wins_over_a_hub_id_and_has_no_revision(hub_cache: Path) -> None:
+    Path("org/name").mkdir(parents=True)
+    assert weights.fetch("org/name") == Path("org/name")
+    assert weights.fetch("small") == weights.SMALL
+    for name in ("org/name", "small"):
+        with pytest.raises(ValueError, match="revision is 'v1', but .* leave revision out"):
+            weights.fetch(name, "v1")
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "reason"),
+    [
+        ("org/other", None, r"org/other cannot be had \(.*HF_HUB_OFFLINE is set"),
+        ("org/name", "v2", "org/name at revision v2 cannot be had.*HF_HUB_OFFLINE is set"),
+        ("./org/name", None, "or a hub id, org/name$"),
+        ("../name", None, "or a hub id, org/name$"),
+        ("nowhere", None, "or a hub id, org/name$"),
+    ],
+)
+def test_what_cannot_be_had_is_named_with_the_files_to_place(
+    hub_cache: Path, name: str, revision: str | None, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"there is no folder {name}; accepted.*{reason}") as said:
+        weights.fetch(name, revision)
+    for file in ("config.json", "model", "ae_encoder", "ae_decoder"):
+        assert file in str(said.value)
+    assert "(--model FOLDER)" in str(said.value)
+
+
+def test_a_half_downloaded_release_is_refused(hub_cache: Path) -> None:
+    for file in (hub_cache / "models--org--name" / "snapshots" / SECOND).glob("ae_*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"lacks ae_\*\.safetensors"):
+        weights.fetch("org/name")
+
+
+def test_only_weights_and_configurations_are_asked_of_the_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "ae_encoder.safetensors",
+        "ae_decoder.safetensors",
+    ]
+    others = ["modeling.py", "model.py", "pytorch_model.bin", "model.pt", "ae.ckpt", "model.pkl"]
+    asked = {}
+
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked[name] = (
+            revision,
+            list(filter_repo_objects(wanted + others, allow_patterns=allow_patterns)),
+        )
+        return str(folder)
+
+    (folder / "ae_basis.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert weights.fetch("org/name", "v1") == folder
+    assert asked == {"org/name": ("v1", wanted)}
+
+
 def velocity_without_depth(dit: ThreeStreamDiT) -> Tensor:
     golden = weights.read_tensors(GOLDEN / "t2i_tiny" / "golden.safetensors")
     with torch.no_grad():

@@ -24,7 +24,7 @@ DepthMap = tuple[Float32[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]
 PictureSource = str | Path | np.ndarray | Image.Image
 DepthSource = str | Path | np.ndarray
 
-# About three times what cameras make; opening such a picture takes a gigabyte.
+# More than nearly all cameras make; a picture this large takes one to three gigabytes to open.
 MAX_PIXELS = 100_000_000
 # Pillow reads more, EPS among them: by running another program on the file.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")

@@ -1,6 +1,6 @@
 """Captions -> text tokens, one row of (length, channels) per caption.
 
-    text = load("small")                     # no weights; or a folder with Qwen3 and its tokenizer
+    text = load("small")                     # no weights; or a folder or hub id of Qwen3
     tokens = text.encode(["a red sofa"])     # (b, lt, c)
 
 `Qwen3Text` is what FLUX.2 [klein] reads: the hidden states after layers 9, 18 and 27, side by side.
@@ -9,10 +9,12 @@ fastText, Bojanowski et al. 2017, without training), so "sofa" is near "sofas" a
 Neither is trained here; the caption "" is a caption like any other (the null text of guidance).
 """
 
+import gc
 import hashlib
+import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mofo.model import hub
+
 LAYERS = (9, 18, 27)  # of the klein bases
 QWEN_LENGTH = 512
 CACHED_CAPTIONS = 32  # 12.6 MB each for Qwen3-8B in bf16
+CONFIG = "config.json"
+QWEN3 = hub.Wanted(
+    patterns=(CONFIG, "model*.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    files=f"{CONFIG}, model*.safetensors, tokenizer.json and tokenizer_config.json of Qwen3",
+    option="--text-encoder",
+)
 
 SMALL_LENGTH, SMALL_CHANNELS = 24, 64
 SMALL_GRAMS = (3, 4, 5)  # characters; a word counts as well, whatever its length
@@ -34,90 +44,92 @@ def load(
     dtype: torch.dtype = torch.float32,
     layers: Sequence[int] = LAYERS,
 ) -> "Qwen3Text | SmallText":
-    """The text encoder of "small", of a Qwen3 folder, or of a diffusers folder that holds one."""
+    """The text encoder of "small", of Qwen3 (a folder, or a hub id), or of a diffusers folder.
+
+    Weights are read (and downloaded) when the first caption needs them, not here.
+    """
     if str(path) == "small":
         return SmallText(device, dtype)
-    parts = [Path(path) / "text_encoder", Path(path) / "tokenizer"]
-    folder, tokenizer = parts if all(part.is_dir() for part in parts) else [Path(path)] * 2
-    if not (folder / "config.json").exists():
-        raise ValueError(
-            f'{path} holds no text encoder; give "small", a Qwen3 folder (config.json, weights and '
-            "tokenizer), or a diffusers folder with text_encoder/ and tokenizer/"
-        )
-    from transformers import AutoTokenizer  # seconds to import, so only where it is needed
-
-    model = _first_layers(folder, max(layers), dtype)
-    return Qwen3Text(
-        model=model.to(device),
-        tokenizer=AutoTokenizer.from_pretrained(tokenizer, local_files_only=True),
-        layers=layers,
-    )
-
-
-def _first_layers(folder: Path, num_layers: int, dtype: torch.dtype) -> nn.Module:
-    """Qwen3 without what lies above the layers that are read: bit-identical there, 25 % cheaper."""
-    from transformers import AutoConfig, AutoModel, logging
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if config.model_type != "qwen3" or config.num_hidden_layers < num_layers:
-        raise ValueError(
-            f"{folder} is a {config.model_type} of {config.num_hidden_layers} layers; "
-            f"needed is a qwen3 of at least {num_layers}"
-        )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list every tensor of the layers left out
-    try:
-        model, report = AutoModel.from_pretrained(
-            folder,
-            num_hidden_layers=num_layers,
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
-    # hidden_states[-1] would otherwise be the only one that has passed the final norm.
-    model.norm = nn.Identity()
-    return model
+    return Qwen3Text(path, device=device, dtype=dtype, layers=layers)
 
 
 class Qwen3Text:
     """Hidden states of a frozen Qwen3, concatenated over channels.
 
     A caption is one user turn (generation prompt on, thinking off), cut or padded on the right to
-    `length`; Qwen3 masks the padding, the padded positions are returned like any other.
+    `length`; Qwen3 masks the padding, the padded positions are returned like any other. `channels`
+    and `num_bytes` are known before the network is loaded.
     """
 
     def __init__(
         self,
+        path: str | Path,
         *,
-        model: Any,
-        tokenizer: Any,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
         layers: Sequence[int] = LAYERS,
         length: int = QWEN_LENGTH,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer, self.layers, self.length = tokenizer, tuple(layers), length
-        self.channels: int = len(self.layers) * model.config.hidden_size
+        self.path, self.device, self.dtype = path, torch.device(device), dtype
+        self.layers, self.length = tuple(layers), length
+        only_config = QWEN3._replace(patterns=(CONFIG,))
+        self.sizes = _read_sizes(_parts(hub.fetch(path, only_config))[0], max(layers))
+        self.channels: int = len(self.layers) * self.sizes["hidden_size"]
         self._cache: dict[str, Float[Tensor, "lt c"]] = {}  # oldest use first
 
+    @cached_property
+    def model(self) -> Any:
+        """The network up to the last layer that is read; reading this loads it."""
+        folder, _ = _parts(hub.fetch(self.path, QWEN3))
+        return _first_layers(folder, max(self.layers), self.dtype).to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer  # seconds to import, so only where it is needed
+
+        _, folder = _parts(hub.fetch(self.path, QWEN3))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the network takes when it is loaded: the embeddings and the layers that are read."""
+        d, wide, k = (self.sizes[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
+        queries, pairs = (
+            self.sizes[key] * k for key in ("num_attention_heads", "num_key_value_heads")
+        )
+        # Queries and output, keys and values, gated MLP; norms of the layer, of queries and keys.
+        layer = 2 * d * queries + 2 * d * pairs + 3 * d * wide + 2 * d + 2 * k
+        return (self.sizes["vocab_size"] * d + max(self.layers) * layer) * self.dtype.itemsize
+
     def encode(self, captions: Sequence[str]) -> Float[Tensor, "b lt c"]:
-        """Tokens in the dtype and on the device of the model; captions seen lately cost nothing."""
+        """Tokens in `dtype` on `device`; captions of this call, and some before it, are kept."""
         rows = {}
         for caption in captions:
             if caption not in rows:
                 cached = self._cache.pop(caption, None)
                 rows[caption] = self._run(caption) if cached is None else cached
         self._cache |= rows
-        for caption in list(self._cache)[:-CACHED_CAPTIONS]:
+        for caption in list(self._cache)[: -max(CACHED_CAPTIONS, len(rows))]:
             del self._cache[caption]
-        return torch.stack([rows[caption] for caption in captions])
+        return torch.stack([rows[caption].to(self.device) for caption in captions])
+
+    def knows(self, captions: Sequence[str]) -> bool:
+        """Whether these can be encoded without the network."""
+        return all(caption in self._cache for caption in captions)
+
+    def free(self) -> None:
+        """Give the network's memory back. What is known stays known, in the host's memory."""
+        self._cache = {caption: row.cpu() for caption, row in self._cache.items()}
+        if vars(self).pop("model", None) is not None:
+            gc.collect()  # the network refers to itself
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def to(self, device: str | torch.device) -> None:
         """Move the network; what it said before is forgotten."""
-        self.model.to(device)
+        self.device = torch.device(device)
+        if "model" in vars(self):
+            self.model.to(device)
         self._cache.clear()
 
     @torch.no_grad()
@@ -137,7 +149,7 @@ class Qwen3Text:
             truncation=True,
             max_length=self.length,
             return_tensors="pt",
-        ).to(self.model.device)
+        ).to(self.device)
         states = self.model(
             input_ids=ids.input_ids,
             attention_mask=ids.attention_mask,
@@ -147,10 +159,60 @@ class Qwen3Text:
         return torch.cat([states[layer][0] for layer in self.layers], dim=-1)
 
 
+def _parts(folder: Path) -> tuple[Path, Path]:
+    """Where weights and tokenizer are: both in the folder, or apart as diffusers lays them out."""
+    parts = folder / "text_encoder", folder / "tokenizer"
+    return parts if all(part.is_dir() for part in parts) else (folder, folder)
+
+
+def _read_sizes(folder: Path, num_layers: int) -> dict[str, Any]:
+    """`config.json` of a Qwen3 that has the layers that are read."""
+    try:
+        sizes = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'{folder} holds no text encoder ({CONFIG}: {error}); give "small", a Qwen3 folder '
+            f"({QWEN3.files}), or a diffusers folder with text_encoder/ and tokenizer/"
+        ) from error
+    kind, found = sizes.get("model_type"), sizes.get("num_hidden_layers", 0)
+    if kind != "qwen3" or found < num_layers:
+        raise ValueError(
+            f"{folder} is a {kind} of {found} layers; needed is a qwen3 of at least {num_layers}"
+        )
+    return sizes
+
+
+def _first_layers(folder: Path, num_layers: int, dtype: torch.dtype) -> nn.Module:
+    """Qwen3 without what lies above the layers that are read: bit-identical there, 25 % cheaper."""
+    from transformers import AutoModel, logging
+
+    if not any(folder.glob("model*.safetensors")):
+        raise ValueError(f"{folder} has no model*.safetensors; other files could hold code")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list every tensor of the layers left out
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder,
+            num_hidden_layers=num_layers,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+    # hidden_states[-1] would otherwise be the only one that has passed the final norm.
+    model.norm = nn.Identity()
+    return model.eval().requires_grad_(False)
+
+
 class SmallText:
     """Deterministic word tokens from hashes: the same on every machine and version."""
 
-    length, channels = SMALL_LENGTH, SMALL_CHANNELS
+    length, channels, num_bytes = SMALL_LENGTH, SMALL_CHANNELS, 0
 
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.device, self.dtype = device, dtype
@@ -159,6 +221,13 @@ class SmallText:
         """One token per word, then padding; words after the last token are dropped."""
         rows = [_small_tokens(caption) for caption in captions]
         return torch.stack(rows).to(self.device, self.dtype)
+
+    def knows(self, captions: Sequence[str]) -> bool:
+        """Always: there is no network."""
+        return True
+
+    def free(self) -> None:
+        """Nothing is held."""
 
     def to(self, device: str | torch.device) -> None:
         """Give tokens on another device."""

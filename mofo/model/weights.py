@@ -7,6 +7,7 @@ on the meta device and assigns tensors one by one, so two copies never exist. On
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mofo.depth import DepthCodec
+from mofo.model import hub
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
 from mofo.model.layouts import count_blocks, from_diffusers
 from mofo.schedule import Schedule
@@ -30,6 +32,12 @@ PREFIX = "dit."
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 DEPTH_STEPS = ["unit_mean", "contract"]  # the one normalisation that the codec implements
 SMALL = Path(__file__).parent.parent / "small"
+SHIPPED = {"small": SMALL, "small_base": SMALL / "base"}
+RELEASE = hub.Wanted(
+    patterns=(CONFIG, "model*.safetensors", "ae_*.safetensors"),
+    files=f"{CONFIG}, {WEIGHTS}, ae_encoder.safetensors and ae_decoder.safetensors",
+    option="--model",
+)
 # The official releases carry no sizes, only a name; recipe section 3 gives what it stands for.
 VARIANTS = {
     "flux_rgbd_9b_v1": DiTConfig(cross_stream_timestep_mixing=False),
@@ -57,18 +65,30 @@ def load(
     dtype: torch.dtype = torch.float32,
     head_dtype: torch.dtype = torch.float32,
 ) -> Release:
-    """A release folder, or "small" or "small_base" for the shipped ones.
+    """A release: a folder, a hub id, or "small" or "small_base" for the shipped ones.
 
     The depth head gets its own dtype.
     """
-    folder = _folder(path)
+    folder = fetch(path)
+    release = outline(folder)
+    dit, tensors = release.dit, read_tensors(folder / WEIGHTS)
+    assign(dit, tensors, folder, prefix=PREFIX, device=device, dtype=dtype, head_dtype=head_dtype)
+    return release
+
+
+def outline(path: str | Path) -> Release:
+    """A release as its `config.json` describes it: the network is on the meta device, empty."""
+    folder = fetch(path)
     config = _read_config(folder)
     dit_config, codec, schedule = _parse(config, folder)
     with torch.device("meta"):
-        dit = ThreeStreamDiT(dit_config)
-    tensors = read_tensors(folder / WEIGHTS)
-    assign(dit, tensors, folder, prefix=PREFIX, device=device, dtype=dtype, head_dtype=head_dtype)
-    return Release(dit=dit.eval(), codec=codec, schedule=schedule, use=config.get("use", {}))
+        dit = ThreeStreamDiT(dit_config).eval()
+    return Release(dit=dit, codec=codec, schedule=schedule, use=config.get("use", {}))
+
+
+def fetch(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a release: a shipped one's, one on this machine, or a hub id's snapshot."""
+    return hub.fetch(SHIPPED.get(str(name), name), RELEASE, revision)
 
 
 def save(release: Release, folder: str | Path) -> None:
@@ -221,16 +241,28 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         files = [path]
     tensors: dict[str, Tensor] = {}
     for file in files:
-        if not file.exists():
-            raise ValueError(f"{file} does not exist; expected a safetensors file there")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} is not a complete safetensors file ({error}); copy or download it again"
-            ) from error
+        with _opened(file) as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors
+
+
+def count_elements(file: str | Path) -> int:
+    """How many numbers a safetensors file holds, from its header alone."""
+    with _opened(Path(file)) as opened:
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if not file.exists():
+        raise ValueError(f"{file} does not exist; expected a safetensors file there")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} is not a complete safetensors file ({error}); copy or download it again"
+        ) from error
 
 
 def write_tensors(
@@ -407,8 +439,7 @@ def _is_release(path: str | Path) -> bool:
 
 
 def _folder(path: str | Path) -> Path:
-    shipped = {"small": SMALL, "small_base": SMALL / "base"}
-    return shipped.get(str(path), Path(path))
+    return SHIPPED.get(str(path), Path(path))
 
 
 def _exists(path: Path) -> bool:

@@ -3,6 +3,7 @@
     mofo joint --prompt "a cozy sunlit kitchen with wooden cabinets"
     mofo i2d --image photos/
     mofo d2i --depth depth.png --prompt "a shelf of books"
+    mofo demo
     mofo export runs/small --out release
 
 The package is imported inside the subcommands, so that `mofo --help` answers at once.
@@ -72,13 +73,29 @@ def d2i(args: argparse.Namespace) -> int:
     return _generate(args, find(args.depth, DEPTHS), read_depth, generate)
 
 
+def demo(args: argparse.Namespace) -> int:
+    try:
+        from mofo.demo.page import launch
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; the page needs mofo[demo]") from error
+    launch(
+        _load(args),
+        model=args.model,
+        text_encoder=args.text_encoder,
+        host=args.host,
+        port=args.port,
+    )
+    return 0
+
+
 def export(args: argparse.Namespace) -> int:
     import torch
 
     from mofo.training.export import export
 
     dtype = getattr(torch, DTYPES[args.dtype])
-    export(args.run_folder, args.out, averaged=args.weights == "ema", dtype=dtype)
+    averaged = args.weights == "ema"
+    export(args.run_folder, args.out, averaged=averaged, dtype=dtype, num_samples=args.samples)
     print(f"{args.run_folder} -> {args.out}")
     return 0
 
@@ -113,7 +130,14 @@ def find(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-ACTIONS = {"joint": joint, "i2d": i2d, "d2i": d2i, "export": export, "convert": convert}
+ACTIONS = {
+    "joint": joint,
+    "i2d": i2d,
+    "d2i": d2i,
+    "demo": demo,
+    "export": export,
+    "convert": convert,
+}
 
 
 def _generate(

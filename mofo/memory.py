@@ -38,6 +38,7 @@ PLANS: tuple[Plan, ...] = get_args(Plan)  # the fastest first
 NUMBERS_PER_TOKEN_CHANNEL, NUMBERS_PER_PIXEL = 24, 800
 SLACK = 1.05  # the allocator's gaps, workspaces, hidden states of the text encoder: an estimate
 ALIGNMENT = 256  # bytes; CUDA's own for a tensor's first element
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every device
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -143,7 +144,11 @@ def summary(needs: Needs, free: Available, plan: Plan) -> str:
 
 
 def compile_blocks(dit: ThreeStreamDiT) -> None:
-    """`torch.compile` for each block, in place; blocks of one kind share the compiled code."""
+    """`torch.compile` for each block, in place; blocks of one kind share the compiled code.
+
+    A new batch size or picture size compiles again, for tens of seconds; after 8 versions of one
+    kind torch says so and runs the rest eagerly.
+    """
     blocks = _blocks(dit)
     if any(block._forward_pre_hooks for block in blocks):
         raise ValueError(CLASH)
@@ -223,7 +228,7 @@ def _flatten(block: nn.Module, *, pin: bool) -> Tensor:
     if pin:
         # In place: torch's allocator of pinned memory rounds up to powers of two (9B: 23 to 32 GB).
         runtime: Any = torch.cuda.cudart()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(flat.data_ptr(), len(flat), 0)))
+        torch.cuda.check_error(runtime.cudaHostRegister(flat.data_ptr(), len(flat), PORTABLE))
         released = weakref.finalize(flat, runtime.cudaHostUnregister, flat.data_ptr())
         released.atexit = False  # the driver is gone before it could be asked
     given = [parameter.data for parameter in block.parameters()]

@@ -64,12 +64,21 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     _add_fit(mode)
     _add_tilt(mode, None, "keep the depth loosely, from -5 (weakest) to -15; left out: exactly")
 
+    mode = add("demo", help="a page in the browser where the three modes are tried")
+    _add_model(mode)
+    about = "who may reach it: 127.0.0.1 this machine alone, 0.0.0.0 all (default: %(default)s)"
+    mode.add_argument("--host", default="127.0.0.1", help=about)
+    mode.add_argument("--port", type=int, help="(default: the first free one from 7860)")
+    mode.set_defaults(run=run["demo"], batch=1, cfg_scale=4.0)
+
     mode = add("export", help="a training run as a release folder")
     mode.add_argument("run_folder", metavar="RUN", type=Path, help="such as runs/small")
     mode.add_argument("--out", type=Path, required=True, help="the folder to write")
     about = "averaged over training, or as trained last (default: %(default)s)"
     mode.add_argument("--weights", choices=("ema", "raw"), default="ema", help=about)
     mode.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="(default: bf16)")
+    about = "pictures for the model card, 0: none (default: %(default)s)"
+    mode.add_argument("--samples", type=int, default=4, help=about)
     mode.set_defaults(run=run["export"])
 
     mode = add("convert", help="raw data as the shards that training reads")
@@ -77,20 +86,12 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     return top
 
 
-def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: float) -> None:
-    default = "(default: %(default)s)"
+def _add_model(mode: argparse.ArgumentParser) -> None:
     add = mode.add_argument
     about = "small, a release folder, or a hub id (default: the method's release; small on a CPU)"
     add("--model", help=about)
     add("--revision", help="branch, tag or commit of a hub id")
     add("--text-encoder", help="a Qwen3 folder or hub id, in place of the release's own")
-    add("--num-steps", type=_count, default=50, help=f"steps of the sampler {default}")
-    add("--cfg-scale", type=float, default=cfg_scale, help=f"weight of the prompt {default}")
-    add("--seed", type=int, default=0, help=f"of the first sample {default}")
-    add("--num-samples", type=_count, default=1, help=f"seeds for each input {default}")
-    add("--batch", type=_count, default=1, help=f"samples made at once {default}")
-    about = "SIDE or WIDTHxHEIGHT that the network works at (default: as it was trained)"
-    add("--resolution", type=_resolution, help=about)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     about = (
         "of the device's memory: resident (all at once), turns (text encoder, then network), "
@@ -99,6 +100,19 @@ def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: fl
     add("--plan", choices=PLANS, help=about)
     about = "compile the network's blocks: minutes once, faster afterwards"
     add("--compile", action="store_true", help=about)
+
+
+def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: float) -> None:
+    default = "(default: %(default)s)"
+    _add_model(mode)
+    add = mode.add_argument
+    add("--num-steps", type=_count, default=50, help=f"steps of the sampler {default}")
+    add("--cfg-scale", type=float, default=cfg_scale, help=f"weight of the prompt {default}")
+    add("--seed", type=int, default=0, help=f"of the first sample {default}")
+    add("--num-samples", type=_count, default=1, help=f"seeds for each input {default}")
+    add("--batch", type=_count, default=1, help=f"samples made at once {default}")
+    about = "SIDE or WIDTHxHEIGHT that the network works at (default: as it was trained)"
+    add("--resolution", type=_resolution, help=about)
     about = f"where the run's folder is made {default}"
     add("--output-dir", type=Path, default=Path("outputs"), help=about)
     add("--fov-deg", type=_degrees, default=65.0, help=f"vertical, of the point cloud {default}")

@@ -1,17 +1,20 @@
 """From a training run to a release folder: `mofo export runs/NAME --out DIR`.
 
 A release folder stands alone: network, configuration and autoencoder (and the name of the text
-encoder). A finished run writes the same to `runs/NAME/export`.
+encoder). An export adds a model card, its sample pictures and the run's configuration. A finished
+run writes the first part of it to `runs/NAME/export`.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
@@ -23,8 +26,10 @@ from mofo.model.basis import LappedBasis
 from mofo.model.dit import ThreeStreamDiT
 from mofo.model.weights import Release
 from mofo.schedule import LogitNormal, Schedule, Uniform
+from mofo.training.card import Training, write_card
 from mofo.training.checkpoint import newest
 
+RUN_CONFIG = "config.yaml"  # as train.py froze it
 # Keys of a run's frozen config that a release is made from.
 NEEDED = (
     "model",
@@ -42,36 +47,43 @@ def export(
     *,
     averaged: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    num_samples: int = 4,
 ) -> None:
-    """Write the newest checkpoint of a run as a release folder, which must not hold one yet.
+    """Write the newest checkpoint of a run as a release folder with a model card.
 
     `averaged` takes the EMA, else the weights as they were trained. The depth head stays float32.
+    The card shows `num_samples` pictures. The folder, which must be new or empty, appears under
+    its name only when complete.
     """
-    run, folder = Path(run), Path(folder)
-    if (folder / weights.CONFIG).exists():
-        raise ValueError(f"{folder} holds a release already; choose another folder, or remove it")
-    cfg = read_config(run)
+    run, folder = Path(run), Path(folder).resolve()
+    if num_samples < 0:
+        raise ValueError(f"{num_samples} samples cannot be drawn; give 0 or more")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "holds a release already" if (folder / weights.CONFIG).exists() else "is not empty"
+        raise ValueError(f"{folder} {what}; choose another folder, or remove it")
+    config = read_config(run)
     checkpoint = newest(run / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{run} has no readable checkpoint in checkpoints/; train it further")
     state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-    try:
-        with torch.device("meta"):
-            dit = ThreeStreamDiT(_build(cfg.model))
-        image_schedule = _build(cfg.objective.image_schedule)
-        depth_schedule = _build(cfg.objective.depth_schedule)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{run / 'config.yaml'} cannot be used: {error}") from error
-    tensors, prefix = _trained(state, averaged, checkpoint)
-    weights.assign(dit, tensors, checkpoint, prefix=prefix, dtype=dtype)
-    release = assemble(
-        dit,
-        image_schedule=image_schedule,
-        depth_schedule=depth_schedule,
-        size=cfg.data.size,
-        text=cfg.encoders.text,
+    training = Training(
+        run=run,
+        config=config,
+        num_steps=state.get("global_step"),
+        # 0 stands in checkpoints of stage 1 from before its samples were counted.
+        num_seen=state.get("DataModule", {}).get("samples_seen") or None,
+        averaged=averaged,
     )
-    write(release, autoencoders.load(cfg.encoders.autoencoder), folder)
+    release = _release(training, state, checkpoint, dtype)
+    autoencoder = autoencoders.load(config["encoders"]["autoencoder"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        unfinished = Path(beside) / folder.name
+        write(release, autoencoder, unfinished)
+        del release  # samples are drawn from what was written, which is loaded again
+        shutil.copyfile(run / RUN_CONFIG, unfinished / RUN_CONFIG)
+        write_card(unfinished, training, num_samples=num_samples)
+        unfinished.replace(folder)
 
 
 def assemble(
@@ -105,17 +117,41 @@ def write(release: Release, autoencoder: Autoencoder | LappedBasis, folder: str 
     weights.save(release, folder)
 
 
-def read_config(run: Path) -> DictConfig:
+def read_config(run: Path) -> dict[str, Any]:
     """A run's frozen config, with every key that an export needs."""
-    path = run / "config.yaml"
+    path = run / RUN_CONFIG
     if not path.exists():
-        raise ValueError(f"{run} is no training run: it has no config.yaml; give runs/NAME")
+        raise ValueError(f"{run} is no training run: it has no {RUN_CONFIG}; give runs/NAME")
     cfg = OmegaConf.load(path)
-    assert isinstance(cfg, DictConfig)  # train.py writes nothing else
     missing = [key for key in NEEDED if OmegaConf.select(cfg, key) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it is not as train.py froze it")
-    return cfg
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)  # train.py writes nothing else
+    return {str(key): value for key, value in config.items()}
+
+
+def _release(
+    training: Training, state: Mapping[str, Any], checkpoint: Path, dtype: torch.dtype
+) -> Release:
+    """The network of a run's config, with the tensors in `state`, what its checkpoint holds."""
+    config = training.config
+    schedules = [config["objective"][f"{name}_schedule"] for name in ("image", "depth")]
+    try:
+        with torch.device("meta"):
+            dit = ThreeStreamDiT(_build(config["model"]))
+        image_schedule, depth_schedule = map(_build, schedules)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{training.run / RUN_CONFIG} cannot be used: {error}") from error
+    tensors, prefix = _trained(state, training.averaged, checkpoint)
+    weights.assign(dit, tensors, checkpoint, prefix=prefix, dtype=dtype)
+    return assemble(
+        dit,
+        image_schedule=image_schedule,
+        depth_schedule=depth_schedule,
+        size=config["data"]["size"],
+        text=config["encoders"]["text"],
+    )
 
 
 def _trained(
@@ -130,5 +166,5 @@ def _trained(
     return average, ""
 
 
-def _build(cfg: DictConfig) -> Any:
-    return instantiate(cfg, _convert_="all")
+def _build(config: dict[str, Any]) -> Any:
+    return instantiate(config, _convert_="all")

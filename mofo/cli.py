@@ -22,7 +22,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mofo.options import DTYPES, parser
+from mofo.options import DTYPES, convert_parser, parser
 
 if TYPE_CHECKING:
     from mofo.pipeline import Mofo, Result
@@ -101,13 +101,47 @@ def export(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from mofo.data.make import make
+    from mofo.data.make import load, make
 
-    names = {"samples": ("keys",), "generated": ("split", "count", "seed", "size")}
-    options = {name: getattr(args, name) for name in names[args.name]}
-    made = make(args.out, converter=args.name, samples_per_shard=args.samples_per_shard, **options)
-    print(f"{args.name} -> {args.out}" if made else f"{args.out} is finished already")
+    module = load(args.name)
+    options = vars(
+        convert_parser(args.name, module.find, module.__doc__ or "").parse_args(args.rest)
+    )
+    out = options.pop("out")
+    made = make(out, converter=args.name, **options)
+    print(f"{args.name} -> {out}" if made else f"{out} is finished already")
     return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from mofo.data.inspect import inspect, save
+
+    report = inspect(args.shards, num_samples=args.num_samples, seed=args.seed)
+    folder = args.out or _run_folder(Path("outputs"), args.mode)
+    save(report, folder)
+    print(report.text())
+    print(f"open {folder / 'index.html'}")
+    return 0
+
+
+def caption(args: argparse.Namespace) -> int:
+    from mofo.data.caption import PROMPT, caption
+
+    written = caption(
+        args.shards,
+        model=args.model,
+        prompt=args.prompt or PROMPT,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        device=args.device,
+        overlay=args.overlay,
+    )
+    print(f"{written.captions} captions written, {written.empty} came out empty")
+    if written.damaged:
+        _complain(
+            args.mode, f"{len(written.damaged)} samples cannot be read: {written.damaged[:5]}"
+        )
+    return 2 if written.damaged else 0
 
 
 def find(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
@@ -137,6 +171,8 @@ ACTIONS = {
     "demo": demo,
     "export": export,
     "convert": convert,
+    "inspect": inspect,
+    "caption": caption,
 }
 
 
@@ -273,7 +309,7 @@ def _names(sources: Iterable[str | Path]) -> list[str]:
     return names
 
 
-def _complain(mode: str, error: Exception) -> None:
+def _complain(mode: str, error: object) -> None:
     print(f"mofo {mode}: {error}", file=sys.stderr)
 
 

@@ -5,9 +5,11 @@ Only argparse is imported, so that help answers at once.
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any
 
 from mofo import __version__
 
@@ -15,6 +17,8 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 # As in mofo.data.fit and mofo.memory, which cost seconds to import.
 FITS = ("native", "letterbox", "stretch")
 PLANS = ("resident", "turns", "offload")
+# Each converter is a file; to list them none is imported.
+CONVERTERS = sorted(path.stem for path in (Path(__file__).parent / "data/convert").glob("[!_]*.py"))
 
 ABOUT = """\
 One model of pictures and their depth. What is given decides what is made:
@@ -81,8 +85,36 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     mode.add_argument("--samples", type=int, default=4, help=about)
     mode.set_defaults(run=run["export"])
 
-    mode = add("convert", help="raw data as the shards that training reads")
-    _add_converters(mode, run["convert"])
+    names = ", ".join(CONVERTERS)
+    about = f"`mofo convert NAME --help` says what a set is and lists its options. NAME: {names}"
+    mode = add("convert", help="raw data as the shards that training reads", description=about)
+    mode.add_argument("name", metavar="NAME", choices=CONVERTERS, help="of the data set")
+    mode.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="options of that set")
+    mode.set_defaults(run=run["convert"])
+
+    mode = add("inspect", help="what a set of shards holds, and what is suspicious in it")
+    mode.add_argument("shards", metavar="SHARDS", help="a set's folder, a pattern of tars, a URL")
+    about = "where sheet.png and index.html are written (default: outputs/TIME-inspect)"
+    mode.add_argument("--out", type=Path, help=about)
+    about = "that are looked at and shown (default: %(default)s)"
+    mode.add_argument("--num-samples", type=_count, default=48, help=about)
+    about = "of the choice of samples (default: %(default)s)"
+    mode.add_argument("--seed", type=int, default=0, help=about)
+    mode.set_defaults(run=run["inspect"])
+
+    mode = add("caption", help="captions for the samples of a set that have none")
+    mode.add_argument("shards", metavar="SHARDS", help="a set's folder; it is not changed")
+    about = "an image-text-to-text model of transformers: a folder or hub id"
+    mode.add_argument("--model", required=True, help=about)
+    mode.add_argument("--prompt", help="what the model is asked (default: for one sentence)")
+    about = "images at once (default: %(default)s)"
+    mode.add_argument("--batch-size", type=_count, default=8, help=about)
+    about = "of a caption (default: %(default)s)"
+    mode.add_argument("--max-new-tokens", type=_count, default=64, help=about)
+    mode.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    about = "the file to write (default: captions.jsonl in the set's folder, where training looks)"
+    mode.add_argument("--overlay", type=Path, help=about)
+    mode.set_defaults(run=run["caption"])
     return top
 
 
@@ -135,21 +167,43 @@ def _add_tilt(mode: argparse.ArgumentParser, default: float | None, about: str) 
     mode.add_argument("--log2-alpha", type=float, default=default, help=about + shown)
 
 
-def _add_converters(mode: argparse.ArgumentParser, run: Callable) -> None:
-    names = mode.add_subparsers(dest="name", metavar="NAME", required=True)
-    real = names.add_parser("samples", help="the photographs of data/samples")
-    real.add_argument("--keys", required=True, help="a file with the names to take, one a line")
-    scenes = names.add_parser("generated", help="ray-cast rooms and streets")
-    scenes.add_argument("--split", default="train", help="train or test (default: %(default)s)")
-    scenes.add_argument("--count", type=int, required=True, help="how many")
-    scenes.add_argument("--seed", type=int, default=0, help="of the set (default: %(default)s)")
-    size = {"nargs": 2, "type": int, "default": [64, 64], "metavar": ("H", "W")}
-    scenes.add_argument("--size", help="pixels (default: 64 64)", **size)
-    for converter in (real, scenes):
-        converter.add_argument("--out", required=True, help="the folder to write")
-        about = "(default: %(default)s)"
-        converter.add_argument("--samples-per-shard", type=_count, default=1000, help=about)
-        converter.set_defaults(run=run)
+def convert_parser(name: str, find: Callable, about: str) -> argparse.ArgumentParser:
+    """Options of `mofo convert NAME`: those of every converter, and the arguments of its `find`."""
+    top = argparse.ArgumentParser(
+        prog=f"mofo convert {name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    default = "(default: %(default)s)"
+    for option in signature(find).parameters.values():
+        _add_parameter(top, option)
+    top.add_argument("--out", required=True, help="the folder to write")
+    about = f"samples of one shard {default}"
+    top.add_argument("--samples-per-shard", type=_count, default=1000, help=about)
+    about = "that write shards at once (default: one for each core)"
+    top.add_argument("--processes", type=_count, help=about)
+    about = f"of all samples that may be impossible to convert {default}"
+    top.add_argument("--max-bad-fraction", type=_share, default=0.01, help=about)
+    return top
+
+
+def _add_parameter(top: argparse.ArgumentParser, option: Parameter) -> None:
+    """An argument of a converter as an option of the command line, by its type and default."""
+    kind, default = option.annotation, option.default
+    needed = default is Parameter.empty
+    settings: dict[str, Any] = {"required": needed, "default": None if needed else default}
+    settings["help"] = "" if needed or default is None else "(default: %(default)s)"
+    if option.name == "source":
+        settings["help"] = f"the folder of the data set as it was published {settings['help']}"
+    chosen = next((one for one in (bool, int, float) if kind in (one, one | None)), None)
+    if chosen is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif chosen is not None:
+        settings["type"] = chosen
+    elif kind == Sequence[int]:
+        settings |= {"type": int, "nargs": "+"}
+    top.add_argument(f"--{option.name.replace('_', '-')}", **settings)
 
 
 def _count(text: str) -> int:

@@ -5,6 +5,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiny import save_release
 from mofo import memory, options
 from mofo.cli import ACTIONS, _names, find, main
 from mofo.data import fit
+from mofo.data.make import load
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--num-steps", "2", "--device", "cpu"]
@@ -216,6 +218,47 @@ def test_convert_makes_a_set_once(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "finished already" in capsys.readouterr().out
     scenes = ["convert", "generated", "--count", "2", "--split", "none", "--out", tmp_path / "no"]
     assert "split is 'none'" in refused(capsys, scenes)
+    empty = ["convert", "kitti", "--source", tmp_path / "set", "--out", tmp_path / "no"]
+    assert "expected" in refused(capsys, empty)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_converter_is_called_with_its_options_of_their_types(monkeypatch, tmp_path) -> None:
+    called: dict = {}
+    monkeypatch.setattr("mofo.data.make.make", lambda *args, **kw: called.update(kw) or True)
+    argv = ["convert", "colmap", "--source", "here", "--out", str(tmp_path), "--max-error", "1"]
+    assert main([*argv, "--metric", "--processes", "3"]) == 0
+    assert called["source"] == "here"
+    assert (type(called["max_error"]), called["max_error"]) == (float, 1.0)
+    assert called["metric"] is True
+    assert called["min_track"] == 3
+    assert (called["converter"], called["processes"]) == ("colmap", 3)
+    main(
+        [
+            "convert",
+            "generated",
+            "--split",
+            "test",
+            "--count",
+            "2",
+            "--size",
+            "32",
+            "48",
+            *argv[4:6],
+        ]
+    )
+    assert called["size"] == [32, 48]
+
+
+@pytest.mark.parametrize("name", options.CONVERTERS)
+def test_every_converter_says_what_it_reads(name: str) -> None:
+    module = load(name)
+    parser = options.convert_parser(name, module.find, module.__doc__ or "")
+    assert len(parser.description) > 100
+    known = {option for action in parser._actions for option in action.option_strings}
+    for parameter in signature(module.find).parameters:
+        assert f"--{parameter.replace('_', '-')}" in known
+    assert {"--out", "--processes", "--max-bad-fraction", "--samples-per-shard"} <= known
 
 
 def test_the_choices_are_those_of_the_package() -> None:
@@ -242,7 +285,7 @@ def test_every_option_has_a_help_text() -> None:
     modes = options.parser(ACTIONS)._subparsers._group_actions[0].choices
     for mode in modes.values():
         for action in mode._actions:
-            assert action.help or action.dest == "name", action
+            assert action.help, action
             assert len(mode.format_help()) > 100
 
 

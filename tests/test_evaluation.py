@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mofo.data import shards
 from mofo.data.sample import Sample
+from mofo.data.write import write
 from mofo.evaluation.benchmark import Row, read_samples, training_row
 from mofo.evaluation.page import curve
 from mofo.evaluation.predictors import constant, mean_map, of_model
@@ -33,7 +33,7 @@ def sample(number: int, size: tuple[int, int] = (16, 20), **changes) -> Sample:
         "metres": np.where(valid, metres, np.float32(0)),
         "valid": valid,
         "intrinsics": None,
-        "caption": "a room",
+        "captions": ("a room",),
         "metric": True,
         "source": "made for a test",
         "licence": "none",
@@ -293,7 +293,7 @@ def test_a_models_noise_follows_the_key_and_untrusted_pixels_have_no_depth() -> 
 
 
 def test_a_row_reads_its_keys_cropped_to_its_size(tmp_path) -> None:
-    shards.write(SAMPLES, tmp_path / "set", "set")
+    write(SAMPLES, tmp_path / "set", "set")
     (tmp_path / "keys.txt").write_text("image_5\nimage_1\n")
     source = {"name": "rooms", "shards": str(tmp_path / "set"), "keys": str(tmp_path / "keys.txt")}
     got = list(read_samples(Row(**source, size=[8, 8])))

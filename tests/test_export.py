@@ -15,8 +15,8 @@ from tiny import CONFIG, SIZE, network, save_release
 
 from mofo import __version__
 from mofo.cli import ACTIONS, main
-from mofo.data import shards
 from mofo.data.sample import Sample
+from mofo.data.write import write
 from mofo.evaluation.benchmark import Row
 from mofo.evaluation.predictors import constant
 from mofo.evaluation.report import report
@@ -37,7 +37,7 @@ SAMPLE = Sample(
     metres=np.linspace(1, 3, SIZE[0] * SIZE[1], dtype=np.float32).reshape(SIZE),
     valid=np.ones(SIZE, bool),
     intrinsics=None,
-    caption="a grey wall",
+    captions=("a grey wall",),
     metric=True,
     source="camera A",
     licence="CC0-1.0",
@@ -55,8 +55,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         changes = [f"model.{name}={value}" for name, value in CONFIG.items()]
         cfg = compose("train", [*changes, "name=tiny", f"data.size=[{SIZE[0]},{SIZE[1]}]"])
     bare = replace(SAMPLE, key="b", metres=None, valid=None, source="camera B")
-    shards.write([SAMPLE, bare], "sets/walls", "walls")
-    shards.write([replace(SAMPLE, source="secret")], "sets/new", "new", made_from={"seed": 2})
+    write([SAMPLE, bare], "sets/walls", "walls")
+    write([replace(SAMPLE, source="secret")], "sets/new", "new", made_from={"seed": 2})
     OmegaConf.set_struct(cfg, False)
     cfg.data.sources = {
         "walls": {"shards": "sets/walls", "weight": 0.7, "max_kept": 0.15},

@@ -52,12 +52,12 @@ DOORS: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("mofo/model/hub.py",),
     "pyarrow": ("mofo/data/",),
     "fsspec": ("mofo/data/",),
-    "webdataset": ("mofo/data/shards.py",),
+    "webdataset": (),
     "h5py": ("mofo/data/convert/",),
     "scipy.io": ("mofo/data/convert/",),
     "scipy": LEVEL_0,
     "gradio": ("mofo/demo/",),
-    "OpenEXR": ("mofo/data/inputs.py",),
+    "OpenEXR": ("mofo/data/inputs.py", "mofo/data/convert/rgbd_folder.py"),
     "wandb": (),
 }
 

@@ -180,7 +180,7 @@ def test_a_seed_is_a_picture():
         first, second = generate(5, kind=kind), generate(5, kind=kind)
         for name in ("image", "metres", "valid", "intrinsics"):
             np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
-        assert (first.key, first.caption) == (second.key, second.caption)
+        assert (first.key, first.captions) == (second.key, second.captions)
     assert not np.array_equal(generate(5, kind="room").image, generate(6, kind="room").image)
     assert generate(5).key.split("-")[0] == compose(5).kind
 
@@ -229,10 +229,11 @@ def test_captions_use_the_vocabulary(scenes):
     known |= set(["a", "an", "and", "with", "sky", "clear", "cloudy", "sunset", "walls", "floor"])
     for samples in scenes.values():
         for sample in samples:
-            words = re.findall(r"[a-z]+", sample.caption)
-            assert set(words) <= known, sample.caption
+            (caption,) = sample.captions
+            words = re.findall(r"[a-z]+", caption)
+            assert set(words) <= known, caption
             assert len(words) <= MAX_WORDS
-            assert sample.caption.startswith(f"a {sample.key.split('-')[0]}")
+            assert caption.startswith(f"a {sample.key.split('-')[0]}")
 
 
 def test_captions_name_only_what_is_visible():

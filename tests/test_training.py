@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import train
 from mofo.data.sample import Sample
-from mofo.data.shards import write
+from mofo.data.write import write
 from mofo.model import weights
 from mofo.model.dit import ThreeStreamDiT
 from mofo.objective import Objective
@@ -58,7 +58,7 @@ def picture(number: int) -> Sample:
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         intrinsics=None,
-        caption=f"a wave of colour number {number}",
+        captions=(f"a wave of colour number {number}",),
         metric=True,
         source="test",
         licence="CC0",

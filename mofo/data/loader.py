@@ -2,8 +2,9 @@
 
 Global step b trains on positions [b * batch_size, (b + 1) * batch_size) of the global order; rank r
 takes its contiguous part of them, in `accumulate` micro-batches. What stands at a position is a
-pure function of (seed, position): a damaged sample is replaced by the next readable one of the same
-epoch of its source.
+pure function of (seed, position): a sample that is damaged, or fails a gate of its source, is
+replaced by the next good one of the same epoch of its source. Damage is counted and ends the run
+when there is too much of it; what the gates reject is counted and logged.
 """
 
 import atexit
@@ -11,7 +12,8 @@ import logging
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -21,16 +23,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from jaxtyping import Float32, UInt8
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mofo.data import transforms
-from mofo.data.order import Mixture, Permutation, stream
+from mofo.data.caption import read_overlay
+from mofo.data.gates import Fault, Faults, Gates, Rejections
+from mofo.data.order import Buckets, Mixture, Permutation, stream
 from mofo.data.sample import Batch, Sample
 from mofo.data.shards import DamagedSample, Shards
 from mofo.data.sparsity import PATTERNS
 from mofo.depth import fill_nearest
 
 log = logging.getLogger(__name__)
+
+MAX_REJECTED = 1000  # in a row: then the gates fit almost nothing, and reading on would look stuck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +47,8 @@ class Source:
     `patterns` are names in `sparsity.PATTERNS`, of which each sample gets one; at most `max_kept`
     of the pixels stay measured. A crop has at least `min_area` of the largest that fits. `flip`
     mirrors half of the samples; captions that say left or right forbid it. `depth` False hides
-    the depth. `make` has the arguments of `make.make` for a set that is made when it is missing.
+    the depth. `gates` says which samples are good enough. `make` has the arguments of `make.make`
+    for a set that is made when it is missing.
     """
 
     shards: str
@@ -51,6 +59,7 @@ class Source:
     flip: bool = True
     jitter: float = 0.0
     depth: bool = True
+    gates: Gates = field(default_factory=Gates)
     make: Mapping | None = None
 
     def __post_init__(self) -> None:
@@ -69,42 +78,8 @@ class Source:
                 )
 
 
-class Fault(NamedTuple):
-    """A sample that could not be read."""
-
-    source: str
-    shard: str
-    key: str
-    reason: str
-
-
-@dataclass
-class Faults:
-    """Damaged samples met so far, each counted once; too many of a source end the run."""
-
-    sizes: Mapping[str, int]
-    max_fraction: float
-    met: dict[Fault, None] = field(default_factory=dict)
-
-    def add(self, fault: Fault) -> bool:
-        """Count `fault`; False if it was known."""
-        if fault in self.met:
-            return False
-        self.met[fault] = None
-        mine = [other for other in self.met if other.source == fault.source]
-        total = self.sizes[fault.source]
-        if len(mine) > self.max_fraction * total:
-            names = "\n  ".join(f"{f.shard}: {f.key}: {f.reason}" for f in mine[:10])
-            raise ValueError(
-                f"{len(mine)} of the {total} samples of source {fault.source!r} are damaged, more "
-                f"than max_bad_fraction={self.max_fraction:g}; convert the set again. The first "
-                f"are\n  {names}"
-            )
-        return True
-
-
 class Row(NamedTuple):
-    """What a worker makes of one position."""
+    """What a worker makes of one position; `gate` rejected the sample whose turn it was, if any."""
 
     image: torch.Tensor
     metres: torch.Tensor
@@ -112,14 +87,26 @@ class Row(NamedTuple):
     caption: str
     key: str
     position: int
+    source: str
+    gate: str | None
     faults: list[Fault]
 
 
-Part = tuple[Batch, list[Fault]]
+class Part(NamedTuple):
+    """One micro-batch, whose `step_measured` counts it alone, and what was met on the way."""
+
+    batch: Batch
+    faults: list[Fault]
+    judged: list[tuple[str, str | None]]
 
 
 class TrainingSet(Dataset[Row]):
-    """Map-style view of the weighted mixture of `sources`, indexed by position in the order."""
+    """Map-style view of the weighted mixture of `sources`, indexed by position in the order.
+
+    Samples without caption have those of `mofo caption`, if it was there before. With
+    `bucket_sizes` the samples of each step of `batch_size` have one of these sizes, else all
+    have `size`.
+    """
 
     def __init__(
         self,
@@ -129,60 +116,107 @@ class TrainingSet(Dataset[Row]):
         caption_dropout: float,
         seed: int,
         max_bad_fraction: float,
+        bucket_sizes: Sequence[tuple[int, int]] = (),
+        batch_size: int = 1,
     ) -> None:
         self.sources, self.size, self.seed = dict(sources), size, seed
+        self.names = list(self.sources)
         self.caption_dropout = caption_dropout
         self.shards = {name: Shards(source.shards) for name, source in sources.items()}
+        # Read once: what is written during a run is for the next.
+        self.overlays = {name: read_overlay(source.shards) for name, source in sources.items()}
         self.mixture = Mixture([source.weight for source in sources.values()], seed=seed)
         self.orders = [
             Permutation(shards.starts, seed=seed, name=name) for name, shards in self.shards.items()
         ]
         self.sizes = {name: len(shards) for name, shards in self.shards.items()}
         self.faults = Faults(self.sizes, max_bad_fraction)
+        self.buckets = None
+        if bucket_sizes:
+            self.buckets = Buckets(bucket_sizes, self._shape, batch_size=batch_size, seed=seed)
 
     def __getitem__(self, position: int) -> Row:
-        number, turn = self.mixture(position)
-        name = list(self.sources)[number]
-        sample, faults = self._read(name, self.orders[number], turn)
+        place, size = self.buckets(position) if self.buckets else (position, self.size)
+        number, turn = self.mixture(place)
+        name = self.names[number]
+        sample, gate, faults = self._read(name, self.orders[number], turn)
         rng = stream(self.seed, "transform", position)
-        sample = self._transform(sample, self.sources[name], rng)
-        image = torch.from_numpy(sample.image).permute(2, 0, 1).float().div_(127.5).sub_(1)
-        metres, valid = sample.depth or (np.ones(self.size, np.float32), np.zeros(self.size, bool))
+        sample = self._transform(sample, self.sources[name], size, rng)
+        metres, valid = sample.depth or (np.ones(size, np.float32), np.zeros(size, bool))
         return Row(
-            image=image,
+            image=torch.from_numpy(to_unit(sample.image)),
             metres=torch.from_numpy(fill_nearest(metres, valid)),
             valid=torch.from_numpy(valid),
-            caption=sample.caption,
+            caption="".join(sample.captions),
             key=sample.key,
             position=position,
+            source=name,
+            gate=gate,
             faults=faults,
         )
 
-    def _read(self, name: str, order: Permutation, turn: int) -> tuple[Sample, list[Fault]]:
-        faults = []
+    def _shape(self, place: int) -> tuple[int, int]:
+        """Height and width of the image whose turn it is; those of all, if it is damaged."""
+        number, turn = self.mixture(place)
+        shards, index = self.shards[self.names[number]], self.orders[number](turn)
+        if (shape := shards.shape(index)) is not None:
+            return shape
+        # A set of format 1, or a lost index: slow, and the same shape.
+        try:
+            h, w, _ = shards.read(index).image.shape
+        except DamagedSample:
+            return self.size
+        return h, w
+
+    def _read(
+        self, name: str, order: Permutation, turn: int
+    ) -> tuple[Sample, str | None, list[Fault]]:
+        """The first good sample from `turn` on, the gate that rejected the first, all faults."""
+        source, gate, rejected, faults = self.sources[name], None, Counter(), []
         for skip in range(self.sizes[name]):
             try:
-                return self.shards[name].read(order(turn, skip)), faults
+                sample = self.shards[name].read(order(turn, skip))
             except DamagedSample as error:
                 faults.append(Fault(name, error.shard, error.key, error.reason))
                 self.faults.add(faults[-1])
+                continue
+            if not sample.captions and (written := self.overlays[name].get(sample.key)):
+                sample = replace(sample, captions=written)
+            admitted = source.gates.admit(sample, depth=source.depth)
+            if isinstance(admitted, Sample):
+                return admitted, gate, faults
+            if skip == 0:
+                gate = admitted
+            rejected[admitted] += 1
+            if rejected.total() == MAX_REJECTED:
+                break
+        if rejected:
+            raise ValueError(
+                f"source {name!r}: {rejected.total()} samples in a row were rejected by its gates "
+                f"{dict(rejected)}; loosen these, or drop the source"
+            )
         raise ValueError(f"no sample of source {name!r} can be read; convert the set again")
 
-    def _transform(self, sample: Sample, source: Source, rng: np.random.Generator) -> Sample:
+    def _transform(
+        self, sample: Sample, source: Source, size: tuple[int, int], rng: np.random.Generator
+    ) -> Sample:
         shape = sample.image.shape[:2]
-        box = transforms.random_box(shape, self.size, rng, min_area=source.min_area)
-        sample = transforms.crop_resize(sample, box, self.size)
+        box = transforms.random_box(shape, size, rng, min_area=source.min_area)
+        sample = transforms.crop_resize(sample, box, size)
         if source.flip and rng.random() < 0.5:
             sample = transforms.flip(sample)
         if source.depth:
             sample = transforms.thin(sample, source.patterns, source.max_kept, rng)
         else:
-            sample = replace(sample, metres=None, valid=None)
+            sample = replace(sample, metres=None, valid=None, points=None)
         if source.jitter:
             sample = replace(sample, image=transforms.jitter(sample.image, source.jitter, rng))
+        captions = sample.captions
         if rng.random() < self.caption_dropout:
-            sample = replace(sample, caption="")
-        return sample
+            captions = ()
+        if len(captions) > 1:
+            captions = (captions[int(rng.integers(len(captions)))],)
+        return replace(sample, captions=captions)
 
 
 @dataclass(kw_only=True)
@@ -198,6 +232,7 @@ class Steps:
     patch: int
     num_workers: int
     faults: Faults
+    rejections: Rejections = field(default_factory=Rejections)
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.world * self.accumulate):
@@ -221,13 +256,10 @@ class Steps:
         parts = iter(loader)
         try:
             while step := list(islice(parts, self.accumulate)):
-                for fault in (fault for _, faults in step for fault in faults):
-                    if self.faults.add(fault):
-                        number = len(self.faults.met)
-                        log.warning("damaged sample %d skipped: %s", number, ": ".join(fault))
-                measured = sum(int(batch.valid.sum()) for batch, _ in step)
-                for batch, _ in step:
-                    yield replace(batch, step_measured=measured)
+                self._count(step)
+                measured = sum(part.batch.step_measured for part in step)
+                for part in step:
+                    yield replace(part.batch, step_measured=measured)
         except ValueError as error:
             failure = str(error)
             traceback.clear_frames(error.__traceback__)
@@ -236,6 +268,15 @@ class Steps:
             # collector of cycles closes their queues first, and they would never be told.
             del parts
         raise ValueError(failure)
+
+    def _count(self, step: Iterable[Part]) -> None:
+        for part in step:
+            for fault in part.faults:
+                if self.faults.add(fault):
+                    number = len(self.faults.met)
+                    log.warning("damaged sample %d skipped: %s", number, ": ".join(fault))
+            for source, gate in part.judged:
+                self.rejections.add(source, gate)
 
     def _positions(self, start: int) -> Iterator[list[int]]:
         """Positions of this rank's micro-batches, one after the other."""
@@ -248,21 +289,33 @@ class Steps:
             start += self.batch_size
 
 
-def collate(rows: Iterable[Row], *, patch: int) -> Part:
-    """One micro-batch, whose `step_measured` counts it alone, and the faults met on the way."""
-    image, metres, valid, caption, key, position, faults = map(list, zip(*rows, strict=True))
-    valid = torch.stack(valid)
-    batch = Batch(
-        image=torch.stack(image),
-        metres=torch.stack(metres),
-        valid=valid,
-        caption=caption,
-        key=key,
-        position=torch.tensor(position, dtype=torch.int64),
-        grid=(valid.shape[1] // patch, valid.shape[2] // patch),
-        step_measured=int(valid.sum()),
+def collate(rows: Sequence[Row], *, patch: int) -> Part:
+    """Rows of one micro-batch."""
+    # In a worker this stacks right into the memory that it shares with the training process.
+    image, metres, valid = (
+        default_collate([getattr(row, name) for row in rows])
+        for name in ("image", "metres", "valid")
     )
-    return batch, sum(faults, [])
+    batch = Batch(
+        image=image,
+        metres=metres,
+        valid=valid,
+        caption=[row.caption for row in rows],
+        key=[row.key for row in rows],
+        position=torch.tensor([row.position for row in rows], dtype=torch.int64),
+        grid=(valid.shape[1] // patch, valid.shape[2] // patch),
+        step_measured=int(torch.count_nonzero(valid)),  # sum() of booleans takes 20 times as long
+    )
+    faults = [fault for row in rows for fault in row.faults]
+    return Part(batch, faults, [(row.source, row.gate) for row in rows])
+
+
+def to_unit(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "3 h w"]:
+    """Bytes as floats in [-1, 1], channels first."""
+    unit = np.empty((3, *image.shape[:2]), np.float32)
+    np.divide(image.transpose(2, 0, 1), np.float32(127.5), out=unit)
+    unit -= 1
+    return unit
 
 
 def ignore_job_signals(worker: int, *, leaving: EventType) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning as L
 
+from mofo.data.gates import Gates, Rejections
 from mofo.data.loader import Faults, Source, Steps, TrainingSet
 from mofo.data.make import make
+from mofo.data.order import bucket_sizes
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +19,8 @@ class DataModule(L.LightningDataModule):
     """A weighted mixture of sources, as endless micro-batches of this rank.
 
     `batch_size` counts the samples of one optimiser step, over all ranks and micro-batches; a step
-    takes `accumulate` micro-batches a rank. `size` is (h, w) in pixels.
+    takes `accumulate` micro-batches a rank. `size` is (h, w) in pixels; with `buckets` it only says
+    how many they are: each step then has the aspect of its samples.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class DataModule(L.LightningDataModule):
         caption_dropout: float,
         seed: int,
         accumulate: int = 1,
+        buckets: bool = False,
         num_workers: int = 0,
         max_bad_fraction: float = 0.01,
     ) -> None:
@@ -51,8 +55,10 @@ class DataModule(L.LightningDataModule):
         self.size, self.patch = (h, w), patch
         self.caption_dropout, self.seed = caption_dropout, seed
         self.num_workers, self.max_bad_fraction = num_workers, max_bad_fraction
+        self.buckets = buckets
         self.samples_seen = 0
         self.faults: Faults | None = None
+        self.rejections: Rejections | None = None
 
     def prepare_data(self) -> None:
         for source in self.sources.values():
@@ -66,9 +72,12 @@ class DataModule(L.LightningDataModule):
             caption_dropout=self.caption_dropout,
             seed=self.seed,
             max_bad_fraction=self.max_bad_fraction,
+            bucket_sizes=bucket_sizes(self.size, self.patch) if self.buckets else (),
+            batch_size=self.batch_size,
         )
         # The workers count what each of them meets, this process what all of them met.
         self.faults = Faults(rows.sizes, self.max_bad_fraction)
+        self.rejections = Rejections()
         return Steps(
             rows=rows,
             start=lambda: self.samples_seen,
@@ -79,6 +88,7 @@ class DataModule(L.LightningDataModule):
             patch=self.patch,
             num_workers=self.num_workers,
             faults=self.faults,
+            rejections=self.rejections,
         )
 
     def advance(self, samples: int) -> None:
@@ -89,11 +99,19 @@ class DataModule(L.LightningDataModule):
         return {"samples_seen": self.samples_seen}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.samples_seen = state_dict["samples_seen"]
+        seen = state_dict["samples_seen"]
+        if self.buckets and seen % self.batch_size:
+            raise ValueError(
+                f"the run has seen {seen} samples, no whole number of steps of batch_size="
+                f"{self.batch_size}, of which each has a shape; resume with the batch_size it had"
+            )
+        self.samples_seen = seen
 
     def teardown(self, stage: str) -> None:
         if self.faults is not None:
             log.info("%d damaged samples were skipped", len(self.faults.met))
+        if self.rejections is not None:
+            self.rejections.report()
 
 
 def _source(name: str, row: Mapping[str, Any]) -> Source:
@@ -102,4 +120,9 @@ def _source(name: str, row: Mapping[str, Any]) -> Source:
         raise ValueError(f"source {name!r} has the keys {unknown}, but accepted are {accepted}")
     if "shards" not in row:
         raise ValueError(f"source {name!r} has no shards; say in which folder they are")
-    return Source(**{**row, "patterns": tuple(row.get("patterns", Source.patterns))})
+    gates = row.get("gates") or {}
+    accepted = [field.name for field in fields(Gates)]
+    if unknown := sorted(set(gates) - set(accepted)):
+        raise ValueError(f"source {name!r} has the gates {unknown}, but accepted are {accepted}")
+    patterns = tuple(row.get("patterns", Source.patterns))
+    return Source(**{**row, "patterns": patterns, "gates": Gates(**gates)})

@@ -5,6 +5,12 @@ exact proportion to its weight (in thousandths of the total, at least one), perm
 time a source is taken is known from p alone. Its k-th sample lies in epoch k // n of the source,
 whose shards are permuted, then its samples inside windows of a few shards: reads stay local, and
 an epoch holds each sample once. Ranks, workers and restarts do not enter.
+
+`Buckets` gives the samples of an optimiser step one shape without stretching any. It only moves
+positions about inside chunks of CHUNK steps: the samples of a chunk are sorted by the aspect that
+is nearest to theirs and cut into steps, which are shuffled. So all of the above still holds,
+nothing is counted up to, and the state is still one position. A step at the border of two aspects
+holds both and takes that of the sample in its middle: what is of another aspect is cropped more.
 """
 
 import zlib
@@ -16,6 +22,9 @@ from jaxtyping import Int64
 
 BLOCK = 1000  # positions; weights such as 0.25 or 0.333 come out exact
 WINDOW = 4  # shards whose samples are mixed with one another
+CHUNK = 64  # steps of which each takes one of the aspects, so at most a fifth lies at a border
+MAX_ASPECT = 4.0  # KITTI has 3.3; what is longer is cropped
+ASPECTS_PER_OCTAVE = 3  # so at most 11 % of an image is cropped away, 6 % on average
 
 
 def stream(seed: int, *marks: int | str) -> np.random.Generator:
@@ -112,3 +121,50 @@ class Permutation:
         samples = [np.arange(int(self.starts[i]), int(self.starts[i + 1])) for i in shards]
         rng = stream(self.seed, "samples", self.name, epoch, window)
         return rng.permutation(np.concatenate(samples))
+
+
+def bucket_sizes(size: tuple[int, int], patch: int) -> list[tuple[int, int]]:
+    """Heights and widths in whole patches, from tall to wide, each of about the area of `size`."""
+    area = size[0] * size[1] / patch**2
+    most = round(ASPECTS_PER_OCTAVE * np.log2(MAX_ASPECT))
+    rows = (
+        max(1, round(np.sqrt(area / 2 ** (step / ASPECTS_PER_OCTAVE))))
+        for step in range(-most, most + 1)
+    )
+    # A small picture has fewer heights than there are aspects.
+    return [(h * patch, max(1, round(area / h)) * patch) for h in dict.fromkeys(rows)]
+
+
+class Buckets:
+    """Which sample of the plain order stands at a position, and the shape of its step."""
+
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        shape: Callable[[int], tuple[int, int]],
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        """`shape`: height and width of the image at a position of the plain order."""
+        self.sizes, self.shape = list(sizes), shape
+        self.batch_size, self.seed = batch_size, seed
+        self._aspects = np.log([w / h for h, w in sizes])
+        self._chunk = Recent(self._sort_chunk, size=2)
+
+    def __call__(self, position: int) -> tuple[int, tuple[int, int]]:
+        """The position in the plain order, and (h, w) of all samples of this step."""
+        chunk, offset = divmod(position, CHUNK * self.batch_size)
+        places, buckets = self._chunk[chunk,]
+        return int(places[offset]), self.sizes[buckets[offset // self.batch_size]]
+
+    def _sort_chunk(self, chunk: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " k"]]:
+        """Places in the plain order, step by step, and the bucket of each step."""
+        first = chunk * CHUNK * self.batch_size
+        places = np.arange(first, first + CHUNK * self.batch_size)
+        shapes = np.array([self.shape(int(place)) for place in places], np.float64)
+        aspects = np.log(shapes[:, 1] / shapes[:, 0])
+        nearest = np.abs(aspects[:, None] - self._aspects).argmin(1)
+        order = np.argsort(nearest, kind="stable").reshape(CHUNK, self.batch_size)
+        order = stream(self.seed, "buckets", chunk).permutation(order)
+        return places[order].ravel(), nearest[order[:, self.batch_size // 2]]

@@ -58,7 +58,7 @@ def generate(
         metres=np.where(valid, view.metres, np.float32(0)),
         valid=valid,
         intrinsics=camera.intrinsics(size),
-        caption=describe(scene, view, words_rng),
+        captions=(describe(scene, view, words_rng),),
         metric=True,
         source="scenes",
         licence="Apache-2.0",

@@ -1,41 +1,49 @@
-"""Sets of WebDataset tar shards: written atomically, read by index.
+"""Reading of sets of shards by index, local or remote; `mofo.data.write` makes them.
 
-A set is a folder: `NAME-000000.tar` with `KEY.png|jpg|webp`, `KEY.depth.png`, `KEY.json`; beside
-each tar its `NAME-000000.idx.json` (offset, size, crc32 of every member); and `manifest.json`,
-written last: a folder without it is not finished. `data/README.md` has the format in full.
+A set is a folder: `NAME-000000.tar` with the members of each sample, beside it its sidecar
+`NAME-000000.idx.json` (offset, size, crc32 of every member), and `manifest.json`. The manifest has
+the hash of each sidecar, the sidecar the checksum of each member: what is read is what was written,
+or it is a DamagedSample. `data/README.md` has the format in full.
 """
 
 import hashlib
-import io
 import json
+import logging
 import os
-import struct
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from glob import glob
-from itertools import chain, islice
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from mofo.data.order import Recent
-from mofo.data.sample import Sample, choose_depth_scale, decode_depth, decode_image, encode_depth
+from mofo.data.sample import DAMAGE, Log, Sample, decode_depth, decode_image, decode_mask, is_key
+from mofo.data.storage import Cache, is_remote, patiently, read_bytes
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
 MANIFEST = "manifest.json"
 IMAGE_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 MAX_OPEN = 64  # shards a process holds open
-# What decoders raise when they are given damaged bytes.
-DAMAGE = (OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError, struct.error, zlib.error)
 
-# Of each sample its key and {extension: [offset, size, crc32]}, lists because JSON has no tuples;
-# without crc32 where it was read off the tar itself.
-Index = list[list[str | dict[str, list[int]]]]
+# What a manifest raises that is JSON, and no manifest.
+SHAPELESS = (LookupError, TypeError, RecursionError)
+
+# Of each sample its key, {extension: [offset, size, crc32]}, and height and width of the image;
+# lists because JSON has no tuples. Without crc32, height and width where read off the tar itself.
+Rows = list[list[Any]]
+
+
+class Index(NamedTuple):
+    """What a shard holds; `damage` says why nothing of it can be trusted, if so."""
+
+    rows: Rows
+    damage: str | None = None
 
 
 class DamagedSample(ValueError):
@@ -46,198 +54,164 @@ class DamagedSample(ValueError):
         self.shard, self.key, self.reason = shard, key, reason
 
 
-def write(
-    samples: Iterable[Sample],
-    folder: str | Path,
-    name: str,
-    *,
-    samples_per_shard: int = 1000,
-    made_from: dict[str, Any] | None = None,
-    total: int | None = None,
-) -> bool:
-    """Write `samples` as the set `name` in `folder`; False, and nothing touched, if it is finished.
-
-    `made_from` is stored: a finished set made from something else raises, and is never replaced.
-    Equal samples give equal bytes. `total` only serves the progress bar.
-    """
-    folder = Path(folder)
-    made_from = json.loads(json.dumps(made_from))
-    if (folder / MANIFEST).exists():
-        old = json.loads((folder / MANIFEST).read_text())
-        if old["name"] == name and old["made_from"] == made_from:
-            return False
-        raise ValueError(
-            f"{folder} holds the finished set {old['name']!r} made from {old['made_from']}, not "
-            f"{name!r} from {made_from}; delete that folder, or choose another"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    keys: set[str] = set()
-    shards, described = [], []
-    stream = iter(tqdm(samples, desc=f"writing {folder}", total=total, disable=None))
-    while chunk := list(islice(stream, 1)):
-        path = folder / f"{name}-{len(shards):06d}.tar"
-        rows = _write_shard(path, islice(chain(chunk, stream), samples_per_shard), keys)
-        described += rows
-        shards.append(
-            {
-                "name": path.name,
-                "samples": len(rows),
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-            }
-        )
-    if not shards:
-        raise ValueError(f"no samples to write to {folder}; check what they are made from")
-    manifest = _manifest(name, shards, described, made_from)
-    _write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-    return True
-
-
-def _manifest(
-    name: str, shards: list[dict], described: list[dict], made_from: dict | None
-) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "name": name,
-        "made_from": made_from,
-        "samples": len(described),
-        "with_depth": sum(row["depth_scale"] is not None for row in described),
-        "metric": sum(row["metric"] for row in described),
-        "sources": sorted({row["source"] for row in described}),
-        "licences": sorted({row["licence"] for row in described}),
-        "hash": hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest(),
-        "shards": shards,
-    }
-
-
-def _write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> list[dict[str, Any]]:
-    """Write one tar and its index; returns the json of each sample. `keys` grows."""
-    # Only writing needs it, and it takes seconds to import.
-    from webdataset.writer import TarWriter
-
-    described = []
-    # A fixed time makes equal samples equal bytes, so that two writers cannot disagree.
-    with _atomic(path) as file, TarWriter(file, encoder=False, mtime=0.0) as tar:
-        for sample in samples:
-            sample.check()
-            if sample.key in keys:
-                raise ValueError(f"key {sample.key!r} occurs twice; keys name samples in a set")
-            keys.add(sample.key)
-            members = _encode(sample)
-            described.append(json.loads(members["json"]))
-            tar.write({"__key__": sample.key, **members})
-    index = {"bytes": path.stat().st_size, "samples": _scan(path)}
-    with open(path, "rb") as file:
-        for _, members in index["samples"]:
-            for span in members.values():
-                span.append(zlib.crc32(os.pread(file.fileno(), span[1], span[0])))
-    _write_text(_index_path(path), json.dumps(index))
-    return described
-
-
-def _encode(sample: Sample) -> dict[str, bytes]:
-    """The members of one sample, by extension."""
-    image = sample.image_bytes
-    if image is None:
-        buffer = io.BytesIO()
-        Image.fromarray(sample.image).save(buffer, format="PNG")
-        image = buffer.getvalue()
-    with Image.open(io.BytesIO(image)) as opened:
-        kind = opened.format
-    if kind not in IMAGE_EXTENSIONS:
-        raise ValueError(
-            f"{sample.key}: image_bytes hold {kind}, but shards hold {sorted(IMAGE_EXTENSIONS)}; "
-            "leave image_bytes out to have the pixels stored as PNG"
-        )
-    members = {IMAGE_EXTENSIONS[kind]: image}
-    scale = None
-    if sample.depth is not None:
-        scale = sample.depth_scale or choose_depth_scale(*sample.depth)
-        try:
-            members["depth.png"] = encode_depth(*sample.depth, scale)
-        except ValueError as error:
-            raise ValueError(f"{sample.key}: {error}") from error
-    row = {
-        "format": FORMAT,
-        "caption": sample.caption,
-        "intrinsics": None if sample.intrinsics is None else sample.intrinsics.tolist(),
-        "metric": sample.metric,
-        "depth_scale": scale,
-        "source": sample.source,
-        "licence": sample.licence,
-    }
-    return {**members, "json": json.dumps(row, ensure_ascii=False).encode()}
-
-
 class Shards:
-    """Map-style reading of a finished set (a folder), or of any tars of this layout (a pattern).
+    """Map-style reading of a finished set (a folder or URL), or of any such tars (a pattern).
 
     How many samples there are, and their order, comes from the manifest, so damage found later
-    moves no other sample. Safe to use after a fork, and to pickle.
+    moves no other sample. Shards of a URL are copied into `cache` one by one as they are needed.
+    Safe to use after a fork, and to pickle.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.source = str(source)
-        folder = Path(source)
-        if folder.is_dir() or not any(mark in self.source for mark in "*?["):
-            if not (folder / MANIFEST).exists():
-                raise ValueError(
-                    f"{folder} holds no finished set of shards ({MANIFEST} is missing); make it "
-                    f"with `mofo convert NAME --out {folder}`, or give its row in the data config "
-                    "a `make:`"
-                )
-            self.manifest = json.loads((folder / MANIFEST).read_text())
-            if self.manifest["format"] > FORMAT:
-                raise ValueError(
-                    f"{folder} has format {self.manifest['format']}, but this version reads up to "
-                    f"{FORMAT}; update mofo, or convert again"
-                )
-            self.paths = [folder / shard["name"] for shard in self.manifest["shards"]]
+    def __init__(self, source: str | Path, cache: Cache | None = None) -> None:
+        self.source, self.cache = str(source).rstrip("/"), cache or Cache()
+        self.is_remote = is_remote(self.source)
+        self.manifest = None
+        is_pattern = any(mark in self.source for mark in "*?[") and not os.path.isdir(self.source)
+        if self.is_remote or not is_pattern:
+            self.manifest = read_manifest(self.source)
+            names = [shard["name"] for shard in self.manifest["shards"]]
             counts = [shard["samples"] for shard in self.manifest["shards"]]
+            self.paths = [f"{self.source}/{name}" for name in names]
         else:
-            self.manifest = None
-            self.paths = [Path(path) for path in sorted(glob(self.source))]
-            counts = [len(_load_index(path)) for path in self.paths]
+            self.paths = sorted(glob(self.source))
+            counts = [len(self._load_index(shard).rows) for shard in range(len(self.paths))]
+            for path in (path for path, count in zip(self.paths, counts, strict=True) if not count):
+                log.warning("%s holds no sample that can be read", path)
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if not len(self):
             raise ValueError(f"no samples in {source}; check the path")
-        # Files that are dropped from here close themselves.
-        self._files = Recent(self._open, size=MAX_OPEN)
-        self._indices = Recent(self._index, size=MAX_OPEN)
+        self._indices = Recent(self._load_index, size=MAX_OPEN)
+        self._files: dict[tuple[int, int], BufferedReader] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __reduce__(self) -> tuple:
-        return Shards, (self.source,)
-
-    def _open(self, process: int, shard: int) -> BinaryIO:
-        return open(self.paths[shard], "rb")
-
-    def _index(self, shard: int) -> Index:
-        return _load_index(self.paths[shard])
+        return Shards, (self.source, self.cache)
 
     def read(self, index: int) -> Sample:
         """Sample `index` of the set; raises DamagedSample if it cannot be had as it was written."""
+        shard, row = self._place(index)
+        key = f"#{row}"
+        try:
+            rows, damage = self._indices[shard,]
+            if damage is not None:
+                raise ValueError(damage)
+            if row >= len(rows):
+                raise ValueError(f"the shard ends after {len(rows)} samples")
+            key, spans = rows[row][:2]
+            if not is_key(key):
+                raise ValueError(f"key {key!r} names files: use no '.', '/' or '\\' in it")
+            return _decode(key, self._members(shard, spans))
+        except DAMAGE as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DamagedSample(os.path.basename(self.paths[shard]), str(key), reason) from error
+
+    def shape(self, index: int) -> tuple[int, int] | None:
+        """Height and width, upright, of an image that is not read; None if no sidecar says so."""
+        shard, row = self._place(index)
+        try:
+            h, w = self._indices[shard,].rows[row][2]
+        except DAMAGE:
+            return None
+        return h, w
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a sample, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.source}")
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        row = index - int(self.starts[shard])
-        key = f"#{row}"
+        return shard, index - int(self.starts[shard])
+
+    def _members(self, shard: int, spans: Mapping[str, list[int]]) -> dict[str, bytes]:
+        if self.is_remote:
+            # The cache has patience of its own, and keeps track of what is used.
+            return self._attempt(shard, spans)[1]
+        file, members = patiently(lambda: self._attempt(shard, spans), self.paths[shard])
+        if len(self._files) >= MAX_OPEN:
+            del self._files[next(iter(self._files))]  # closes itself
+        self._files[os.getpid(), shard] = file
+        return members
+
+    def _attempt(
+        self, shard: int, spans: Mapping[str, list[int]]
+    ) -> tuple[BufferedReader, dict[str, bytes]]:
+        # A file that was open before a fork is opened again: its first owner may close it. It is
+        # taken out, so that an attempt that hangs keeps its file and the next opens another.
+        file = self._files.pop((os.getpid(), shard), None) or self._open(shard)
+        return file, {extension: _pread(file, *span) for extension, span in spans.items()}
+
+    def _open(self, shard: int) -> BufferedReader:
+        if not self.is_remote:
+            return open(self.paths[shard], "rb")
+        entry = self._entry(shard)
+        return self.cache.open(self.paths[shard], f"{entry['sha256']}.tar", entry["bytes"])
+
+    def _entry(self, shard: int) -> dict[str, Any]:
+        return {} if self.manifest is None else self.manifest["shards"][shard]
+
+    def _load_index(self, shard: int) -> Index:
+        """The sidecar if it is the shard's own, else what the tar's headers say."""
+        path, entry = self.paths[shard], self._entry(shard)
         try:
-            samples = self._indices[shard,]
-            if row >= len(samples):
-                raise ValueError(f"the shard ends after {len(samples)} samples")
-            key, members = samples[row]
-            # A file that was open before a fork is opened again: its first owner may close it.
-            file = self._files[os.getpid(), shard]
-            return _decode(key, {ext: _pread(file, *span) for ext, span in members.items()})
+            text = read_bytes(sidecar_path(path))
+            sidecar = json.loads(text)
+            # Format 1 kept no hash of the sidecar, and without a manifest there is none.
+            if "index" in entry:
+                fits = hashlib.sha256(text).hexdigest() == entry["index"]
+            else:
+                fits = sidecar["bytes"] == (entry["bytes"] if entry else os.path.getsize(path))
+            if fits and isinstance(sidecar["samples"], list):
+                return Index(sidecar["samples"])
+            reason = "its index is that of another file"
         except DAMAGE as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise DamagedSample(self.paths[shard].name, key, reason) from error
+            reason = f"its index cannot be read ({type(error).__name__}: {error})"
+        with patiently(lambda: self._open(shard), path) as file:
+            if entry and hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                return Index([], f"{reason}, and its sha256 is not that of the manifest")
+            file.seek(0)
+            return Index(_scan(file))
 
 
-def _pread(file: BinaryIO, offset: int, size: int, crc: int | None = None) -> bytes:
+def read_manifest(source: str) -> dict[str, Any]:
+    """The manifest of the set in a folder or at a URL."""
+    path = f"{source}/{MANIFEST}"
+    try:
+        manifest = json.loads(read_bytes(path))
+        newest, shards = manifest["format"], manifest["shards"]
+        if newest > FORMAT:
+            raise ValueError(
+                f"{source} has format {newest}, but this version reads up to {FORMAT}; update "
+                "mofo, or convert again"
+            )
+        for shard in shards:
+            if os.path.basename(shard["name"]) != shard["name"]:
+                raise ValueError(f"{path} names the shard {shard['name']}; convert the set again")
+            if not (isinstance(shard["samples"], int) and 0 <= shard["samples"] < 2**31):
+                raise TypeError(f"{shard['samples']!r} samples in {shard['name']}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{source} holds no finished set of shards ({MANIFEST} is missing); make it "
+            f"with `mofo convert NAME --out {source}`, or give its row in the data config "
+            "a `make:`"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, *SHAPELESS) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); convert the set again"
+        ) from error
+    return manifest
+
+
+def sidecar_path(path: str) -> str:
+    """The index beside a tar."""
+    return path.removesuffix(".tar") + ".idx.json"
+
+
+def _pread(file: BufferedReader, offset: int, size: int, crc: int | None = None) -> bytes:
+    room = os.fstat(file.fileno()).st_size
+    # Also what keeps a damaged index from asking for more memory than there is.
+    if offset < 0 or size < 0 or offset + size > room:
+        raise ValueError(f"truncated: {size} bytes at {offset}, but the file ends at {room}")
     data = os.pread(file.fileno(), size, offset)
     if len(data) != size:
         raise ValueError(f"truncated: {len(data)} of {size} bytes at {offset}")
@@ -246,76 +220,74 @@ def _pread(file: BinaryIO, offset: int, size: int, crc: int | None = None) -> by
     return data
 
 
-def _decode(key: str, members: dict[str, bytes]) -> Sample:
+def _scan(file: BufferedReader) -> Rows:
+    """Keys and spans off a tar's own headers, as far as they are intact; nothing is extracted."""
+    rows: Rows = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                folder, name = os.path.split(member.name.removeprefix("./"))
+                stem, _, extension = name.partition(".")
+                # A key that leaves its folder is kept as it is: no Sample takes it.
+                key = os.path.join(folder, stem)
+                if not rows or rows[-1][0] != key:
+                    rows.append([key, {}])
+                rows[-1][1][extension] = [member.offset_data, member.size]
+    except (tarfile.TarError, ArithmeticError, EOFError, LookupError, ValueError) as error:
+        log.warning("%s is damaged after %d samples: %s", file.name, len(rows), error)
+    return rows
+
+
+def _decode(key: str, members: Mapping[str, bytes]) -> Sample:
     row = json.loads(members["json"])
-    image = next(members[ext] for ext in IMAGE_EXTENSIONS.values() if ext in members)
-    depth = row["depth_scale"]
-    metres, valid = (None, None) if depth is None else decode_depth(members["depth.png"], depth)
-    intrinsics = row["intrinsics"]
-    return Sample(
+    if row["format"] > FORMAT:
+        raise ValueError(f"format {row['format']} is newer than {FORMAT}; update mofo")
+    if row["format"] == 1:
+        step, caption = row["depth_scale"], row["caption"]
+        row["depth"] = None if step is None else {"coding": "linear", "step": step}
+        row["captions"] = [caption] if caption else []
+    image = next((members[ext] for ext in IMAGE_EXTENSIONS.values() if ext in members), None)
+    if image is None:
+        raise ValueError(f"there is no image among {sorted(members)}")
+    if not isinstance(row["captions"], list) or not isinstance(row["metric"], bool):
+        raise ValueError("captions must be a list, and metric true or false")
+    intrinsics, sky = row["intrinsics"], None
+    if "sky.png" in members:
+        sky = decode_mask(members["sky.png"])
+    sample = Sample(
         key=key,
         image=decode_image(image),
-        metres=metres,
-        valid=valid,
+        **_decode_depth(row["depth"], members),
+        sky=sky,
         intrinsics=None if intrinsics is None else np.array(intrinsics, np.float64),
-        caption=row["caption"],
+        captions=tuple(row["captions"]),
         metric=row["metric"],
         source=row["source"],
         licence=row["licence"],
         image_bytes=image,
-        depth_scale=depth,
     )
+    # A map holds codes, which are depths whatever they are; points could be anything.
+    if sample.points is not None:
+        sample.check()
+    return sample
 
 
-def _index_path(path: Path) -> Path:
-    return path.with_suffix(".idx.json")
-
-
-def _load_index(path: Path) -> Index:
-    """The sidecar if it is there and whole, else what the tar's headers say."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        samples = json.loads(_index_path(path).read_text())["samples"]
-        if isinstance(samples, list):
-            return samples
-    return _scan(path)
-
-
-def _scan(path: Path) -> Index:
-    """Keys and spans off the tar's own headers, as far as they are intact."""
-    samples = []
-    with suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.isreg():
-                continue
-            folder, file = os.path.split(member.name)
-            stem, _, extension = file.partition(".")
-            key = os.path.join(folder, stem)
-            if not samples or samples[-1][0] != key:
-                samples.append([key, {}])
-            samples[-1][1][extension] = [member.offset_data, member.size]
-    return samples
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` whole and on the disk, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _atomic(path) as file:
-        file.write(text.encode())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _decode_depth(row: dict[str, Any] | None, members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The fields of a Sample that hold its depth."""
+    match row:
+        case None:
+            return {}
+        case {"coding": "linear", "step": float() | int() as step}:
+            metres, valid = decode_depth(members["depth.png"], float(step))
+            return {"metres": metres, "valid": valid, "depth_scale": float(step)}
+        case {"coding": "log", "near": float() | int() as near, "far": float() | int() as far}:
+            metres, valid = decode_depth(members["depth.png"], Log(float(near), float(far)))
+            return {"metres": metres, "valid": valid}
+        case {"coding": "points", "count": int() as count, "dtype": "<f4"}:
+            values = np.frombuffer(members["points.bin"], "<f4")
+            if values.size != 3 * count:
+                raise ValueError(f"{values.size} numbers are not {count} points of 3")
+            return {"points": values.reshape(-1, 3).astype(np.float32)}
+    raise ValueError(f"depth is {row}, but this version reads linear, log and points")

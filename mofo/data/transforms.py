@@ -1,9 +1,9 @@
 """Paired transforms of a sample: they move and drop depth, and never invent it.
 
-After any of them each measured pixel holds one of the depths measured before. Pixel centres are at
-half-integers: pixel (row i, column j) covers [i, i + 1) x [j, j + 1), so resizing by s multiplies
-fx, fy, cx and cy by s. Captions stay as they are, so a source may only be flipped if its captions
-have no left or right.
+After any of them each measured pixel holds one of the depths measured before, and each point that
+is left has its depth and its place in the scene. Pixel centres are at half-integers: pixel (row i,
+column j) covers [i, i + 1) x [j, j + 1), so resizing by s multiplies fx, fy, cx and cy by s.
+Captions stay as they are, so a source may only be flipped if its captions have no left or right.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 from PIL import Image
 
-from mofo.data.sample import Sample
+from mofo.data.sample import Points, Sample
 from mofo.data.sparsity import sparsify
 
 # Weights of red, green and blue in perceived brightness (ITU-R BT.601).
@@ -56,29 +56,47 @@ def random_box(
 
 
 def crop_resize(sample: Sample, box: Box, size: tuple[int, int]) -> Sample:
-    """Cut out `box` and bring it to `size`: the image filtered, depth by `nearest_measured`."""
+    """Cut out `box` and bring it to `size`: the image filtered, a map by `nearest_measured`.
+
+    Points move exactly; those outside are dropped.
+    """
     top, left, height, width = box
     rows, columns = slice(top, top + height), slice(left, left + width)
     image = sample.image[rows, columns]
     h, w = size
     if (height, width) != size:
         image = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
-    metres = valid = intrinsics = None
-    if sample.depth is not None:
-        metres, valid = sample.depth
+    metres, valid, points, sky, intrinsics = sample.metres, sample.valid, None, None, None
+    if metres is not None and valid is not None:
         metres, valid = nearest_measured(metres[rows, columns], valid[rows, columns], size)
+    if sample.points is not None:
+        points = _move(sample.points, box, size)
+    if sample.sky is not None:
+        mask = Image.fromarray(sample.sky[rows, columns])
+        sky = np.array(mask.resize((w, h), Image.Resampling.NEAREST))
     if sample.intrinsics is not None:
         scale_y, scale_x = h / height, w / width
         shift = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]], np.float64)
         intrinsics = np.diag([scale_x, scale_y, 1.0]) @ shift @ sample.intrinsics
     return replace(
         sample,
-        image=np.array(image),
+        image=np.asarray(image),
         metres=metres,
         valid=valid,
+        points=points,
+        sky=sky,
         intrinsics=intrinsics,
         image_bytes=None,
     )
+
+
+def _move(points: Points, box: Box, size: tuple[int, int]) -> Float32[np.ndarray, "m 3"]:
+    """The points inside of `box`, where they lie when it is brought to `size`."""
+    (h, w), (u, v, z) = size, points.T
+    u = ((u.astype(np.float64) - box.left) * (w / box.width)).astype(np.float32)
+    v = ((v.astype(np.float64) - box.top) * (h / box.height)).astype(np.float32)
+    inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
+    return np.stack([u[inside], v[inside], z[inside]], 1)
 
 
 def nearest_measured(
@@ -128,10 +146,16 @@ def flip(sample: Sample) -> Sample:
         intrinsics = mirror @ intrinsics @ np.diag([-1.0, 1.0, 1.0])
     mirrored = {
         name: np.ascontiguousarray(array[:, ::-1])
-        for name in ("image", "metres", "valid")
+        for name in ("image", "metres", "valid", "sky")
         if (array := getattr(sample, name)) is not None
     }
-    return replace(sample, **mirrored, intrinsics=intrinsics, image_bytes=None)
+    points = sample.points
+    if points is not None:
+        width = np.float32(sample.image.shape[1])
+        # A pixel holds its left edge and not its right one, so u = 0 must not become u = width.
+        u = np.minimum(width - points[:, 0], np.nextafter(width, np.float32(0)))
+        points = np.column_stack([u, points[:, 1:]])
+    return replace(sample, **mirrored, points=points, intrinsics=intrinsics, image_bytes=None)
 
 
 def thin(
@@ -141,12 +165,13 @@ def thin(
 
     At most `max_kept` of the image's pixels stay measured.
     """
-    if sample.depth is None:
+    depth = sample.depth
+    if depth is None:
         return sample
-    metres, valid = sample.depth
+    metres, valid = depth
     pattern = patterns[int(rng.integers(len(patterns)))]
     kept = sparsify(sample.image, metres, valid, pattern=pattern, max_kept=max_kept, rng=rng)
-    return replace(sample, metres=np.where(kept, metres, np.float32(0)), valid=kept)
+    return replace(sample, metres=np.where(kept, metres, np.float32(0)), valid=kept, points=None)
 
 
 def jitter(

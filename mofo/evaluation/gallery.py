@@ -30,17 +30,18 @@ def from_text(mofo: Mofo, captions: Sequence[str], *, num_steps: int) -> Section
 
 def from_depth(mofo: Mofo, samples: Sequence[Sample], *, num_steps: int) -> Section:
     """Depth-to-image samples: depth and text of held-out images, and a picture made for them."""
+    captions = ["".join(sample.captions[:1]) for sample in samples]
     made = mofo.depth_to_image(
         [sample.metres for sample in samples],
-        [sample.caption for sample in samples],
+        captions,
         valid=[sample.valid for sample in samples],
         num_steps=num_steps,
     )
     pictures = []
-    for result, sample in zip(made, samples, strict=True):
+    for result, sample, caption in zip(made, samples, captions, strict=True):
         assert sample.metres is not None  # held_out takes no other
         given = depth_picture(sample.metres, sample.valid)
-        pictures += [(given, "given depth"), (result.image, f"made for it: {sample.caption}")]
+        pictures += [(given, "given depth"), (result.image, f"made for it: {caption}")]
     return ("Picture from depth", pictures, "Held-out depth and its caption are given.")
 
 

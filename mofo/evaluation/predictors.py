@@ -24,11 +24,12 @@ def mean_map(samples: Iterable[Sample], side: int = 64) -> Predictor:
     """
     total, count = np.zeros((side, side)), np.zeros((side, side))
     for sample in samples:
-        if sample.metres is None or sample.valid is None or not sample.valid.any():
+        metres, valid = sample.depth or (None, None)
+        if metres is None or valid is None or not valid.any():
             continue
-        h, w = sample.valid.shape
-        row, column = np.nonzero(sample.valid)
-        depth = sample.metres[row, column].astype(np.float64)
+        h, w = valid.shape
+        row, column = np.nonzero(valid)
+        depth = metres[row, column].astype(np.float64)
         cell = (row * side // h) * side + column * side // w
         hits = np.bincount(cell, minlength=side * side).reshape(side, side)
         sums = np.bincount(cell, depth / depth.mean(), side * side).reshape(side, side)

@@ -163,7 +163,7 @@ def _score_image(
     leaving it out of the score would reward a model for predicting only what is easy.
     """
     failed = {"metrics": None, "num_nonfinite": 0, "num_nonpositive": 0}
-    truth, valid = sample.metres, sample.valid
+    truth, valid = sample.depth or (None, None)
     if truth is None or valid is None or not valid.any():
         return {**failed, "failed": "no pixel has measured depth"}
     if pred.shape != truth.shape:

@@ -103,8 +103,8 @@ def _captions(sources: Mapping[str, Mapping[str, Any]], count: int) -> list[str]
     """Of each set that is still there, the first captions."""
     there = (row["shards"] for row in sources.values() if Path(row["shards"], MANIFEST).exists())
     sets = [Shards(path) for path in there]
-    captions = [one.read(index).caption for one in sets for index in range(min(count, len(one)))]
-    return [caption for caption in captions if caption]
+    samples = (one.read(index) for one in sets for index in range(min(count, len(one))))
+    return [caption for sample in samples for caption in sample.captions[:1]]
 
 
 def _front_matter(has_depth: bool) -> str:

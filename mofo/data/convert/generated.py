@@ -6,25 +6,33 @@ To make a set of them:
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
-from multiprocessing import get_context
+from typing import NamedTuple
 
 from mofo.data.sample import Sample
 from mofo.data.scenes import generate
+from mofo.data.world.staging import SPLITS
 
 VERSION = 1
-PROCESSES = 2
+LICENCE = "Apache-2.0"
 # Seeds of one set; sets whose `seed` differs share no scene.
 SEEDS = 1_000_000
 
 
-def convert(
-    *, split: str, count: int, seed: int = 0, size: Sequence[int] = (64, 64)
-) -> Iterator[Sample]:
-    """Yield `count` scenes of `split`, always the same ones for the same arguments."""
+class Scene(NamedTuple):
+    seed: int
+    split: str
+    size: tuple[int, int]
+
+
+def find(*, split: str, count: int, seed: int = 0, size: Sequence[int] = (64, 64)) -> list[Scene]:
+    """`count` scenes of `split`, always the same ones for the same arguments."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLITS)}")
     if not 0 < count <= SEEDS:
         raise ValueError(f"count is {count}, but must be in 1..{SEEDS}; use another seed for more")
     h, w = size
-    scene = partial(generate, split=split, size=(h, w))
-    with get_context("fork").Pool(PROCESSES) as pool:
-        yield from pool.imap(scene, range(seed * SEEDS, seed * SEEDS + count), chunksize=16)
+    return [Scene(number, split, (h, w)) for number in range(seed * SEEDS, seed * SEEDS + count)]
+
+
+def read(item: Scene) -> Iterator[Sample]:
+    yield generate(item.seed, split=item.split, size=item.size)

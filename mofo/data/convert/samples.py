@@ -1,7 +1,7 @@
 """The real photographs with measured depth of `data/samples`, as samples.
 
 Published layout: `NAME.png|jpg`, `NAME_depth.png` (16 bit, 0 = not measured), `NAME.json`, and one
-`captions.json` for all. To make the training part of them:
+`captions.json` for all (`data/samples/README.md`). To make the training part of them:
 
     make("data/made/real", converter="samples", keys="data/splits/real_train.txt")
 """
@@ -9,36 +9,45 @@ Published layout: `NAME.png|jpg`, `NAME_depth.png` (16 bit, 0 = not measured), `
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mofo.data.sample import Sample, decode_depth, decode_image
 
 VERSION = 1
+LICENCE = "of each photograph its own: data/samples/LICENSES.md"
 
 
-def convert(*, keys: str, folder: str = "data/samples") -> Iterator[Sample]:
-    """Yield the photographs named in the file `keys`, one name a line."""
-    root = Path(folder)
-    captions = json.loads((root / "captions.json").read_text())
-    for name in Path(keys).read_text().split():
-        if not (root / f"{name}.json").exists():
-            raise ValueError(f"{keys} names {name!r}, which is not in {root}; correct the list")
-        yield _read(root, json.loads((root / f"{name}.json").read_text()), captions[name])
+class Photograph(NamedTuple):
+    source: Path
+    name: str
 
 
-def _read(root: Path, row: dict, caption: str) -> Sample:
-    metres, valid = decode_depth(root / row["depth"], row["depth_scale"])
-    image_bytes = (root / row["image"]).read_bytes()
+def find(source: Path = Path("data/samples"), *, keys: str) -> list[Photograph]:
+    """The photographs named in the file `keys`, one name a line."""
+    names = Path(keys).read_text().split()
+    for name in names:
+        if not (source / f"{name}.json").exists():
+            raise ValueError(f"{keys} names {name!r}, which is not in {source}; correct the list")
+    return [Photograph(source, name) for name in names]
+
+
+def read(item: Photograph) -> Iterator[Sample]:
+    source, name = item
+    row = json.loads((source / f"{name}.json").read_text())
+    caption = json.loads((source / "captions.json").read_text())[name]
+    metres, valid = decode_depth(source / row["depth"], row["depth_scale"])
+    image_bytes = (source / row["image"]).read_bytes()
     # Notices and citations must travel with every copy (LICENSES.md).
     terms = [row[name] for name in ("licence", "notice", "cite") if name in row]
-    return Sample(
+    yield Sample(
         key=row["name"],
         image=decode_image(image_bytes),
         metres=metres,
         valid=valid,
         intrinsics=_intrinsics(row["intrinsics"]),
-        caption=caption,
+        captions=(caption,),
         metric=row["metric"],
         source=row["source"],
         licence=". ".join(terms),

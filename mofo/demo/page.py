@@ -50,6 +50,12 @@ PROGRESS = gr.Progress()
 HEADING = """<h1>mofo</h1>
 <p>One model of pictures and their depth: give it words, a photo or a depth map, and it makes what
 is missing. Model: <code>{model}</code></p>"""
+# On a phone the results stand below the form: they are scrolled to.
+SHOW_STATUS = """(...values) => {
+    const status = document.getElementById("status");
+    if (status.getBoundingClientRect().top > innerHeight / 3) status.scrollIntoView();
+    return values;
+}"""
 CLOUD = '<canvas role="img" aria-label="Point cloud; drag to turn it"></canvas>'
 
 Form = tuple[gr.Button, list[Any]]  # what starts it, and its fields in the order of `checked`
@@ -82,9 +88,7 @@ def serve(
     shared = {"--model": model, "--device": mofo.device.type}
     if text_encoder is not None:
         shared["--text-encoder"] = text_encoder
-    with tempfile.TemporaryDirectory(prefix="mofo-demo-") as folder:
-        root = Path(folder).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(root)  # the only way to tell Gradio
+    with _temporary_root() as root:
         page = build(mofo, root, shared=shared, limits=limits)
         guard = {"root": root, "max_bytes": (limits.megabytes + 1) * 10**6}
         _, url, _ = page.launch(
@@ -140,18 +144,33 @@ def build(mofo: Mofo, root: Path, *, shared: dict[str, str], limits: Limits = LI
                 outputs,
                 preprocess=False,  # Gradio's own fails on a broken picture without saying why
                 show_progress_on=outputs[0],
-                scroll_to_output=True,
                 concurrency_id="network",
                 api_name=mode,
                 api_visibility="private",
-            )
+                js=SHOW_STATUS,
+            ).then(None, js=SHOW_STATUS)
     return page.queue(max_size=limits.queue, api_open=False, default_concurrency_limit=1)
+
+
+@contextmanager
+def _temporary_root() -> Iterator[Path]:
+    """A folder for everything that Gradio writes, which can only be told so from outside."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="mofo-demo-") as folder:
+        root = Path(folder).resolve()
+        os.environ["GRADIO_TEMP_DIR"] = gr.routes.DEFAULT_TEMP_DIR = str(root)
+        try:
+            yield root
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 class _Guard:
     """Refuses, before Gradio sees them, requests for files outside `root` and bodies too large.
 
-    Gradio alone would also serve files of its working directory and fetch those of other servers.
+    Gradio alone would also serve a cache in the working directory, and fetch from other servers.
     """
 
     def __init__(self, app: Any, *, root: Path, max_bytes: int) -> None:
@@ -176,7 +195,11 @@ def _made(
 ) -> list[Any]:
     """Make it, save it, and show it: values for the components of `_result_panel`."""
     started = time.perf_counter()
-    result = order.make(mofo, limits, lambda done, total: progress((done, total), unit="steps"))
+
+    def on_step(done: int, total: int) -> None:
+        progress(done / total, desc=f"step {done} of {total}")
+
+    result = order.make(mofo, limits, on_step)
     command = order.command(shared)
     made_by = {
         "input": order.name or order.prompt,

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+from gradio import routes
 from PIL import Image
 
 from mofo.data.inputs import read_depth
@@ -37,9 +38,15 @@ HERE = Path(__file__).parent
 SAMPLES = HERE.parents[1] / "data/samples"  # absent where mofo came from a wheel
 EXAMPLES = ("cones", "motorcycle", "bookshelf", "zed_office", "zod_000014")
 PROMPTS = (
+    "a cozy sunlit kitchen with wooden cabinets",
     "a photo of a wide city road between tall buildings",
     "a photo of a wooden bookshelf full of books",
-    "a cozy sunlit kitchen with wooden cabinets",
+)
+# What the small model knows (mofo.data.scenes).
+SMALL_PROMPTS = (
+    "a room with a red sofa and a wooden table, blue walls",
+    "a room with a green bed and a lamp, wooden floor",
+    "a street with two trees and white houses, clear sky",
 )
 # How firmly a given depth is kept, as log2_alpha (recipe section 9); 0 stands for exactly.
 HOLDS = [("exactly", 0.0), ("closely", -15.0), ("loosely", -5.0)]
@@ -122,7 +129,7 @@ def build(mofo: Mofo, root: Path, *, shared: dict[str, str], limits: Limits = LI
         with gr.Row():
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("Text"):
-                    joint = _joint_form(limits)
+                    joint = _joint_form(limits, shared["--model"])
                 with gr.Tab("Photo"):
                     i2d = _i2d_form(limits)
                 with gr.Tab("Depth"):
@@ -154,11 +161,12 @@ def build(mofo: Mofo, root: Path, *, shared: dict[str, str], limits: Limits = LI
 
 @contextmanager
 def _temporary_root() -> Iterator[Path]:
-    """A folder for everything that Gradio writes, which can only be told so from outside."""
+    """A folder for all that Gradio writes; it is told so by the environment and, since it looked
+    there when it was imported, by a name of its own."""
     before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="mofo-demo-") as folder:
         root = Path(folder).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = gr.routes.DEFAULT_TEMP_DIR = str(root)
+        os.environ["GRADIO_TEMP_DIR"] = routes.DEFAULT_TEMP_DIR = str(root)
         try:
             yield root
         finally:
@@ -249,10 +257,11 @@ def _result_panel() -> list[Any]:
     return [status, panel, picture, depth, cloud, command, files]
 
 
-def _joint_form(limits: Limits) -> Form:
+def _joint_form(limits: Limits, model: str) -> Form:
     prompt = _prompt("What the picture shall show", limits)
     button = gr.Button("Make picture and depth", variant="primary")
-    gr.Examples([[one] for one in PROMPTS], prompt)
+    prompts = SMALL_PROMPTS if model == "small" else PROMPTS
+    gr.Examples([[one] for one in prompts], prompt)
     with gr.Accordion("Settings", open=False):
         sampling = _sampling(4.0, limits)
         tilt = gr.Slider(0, 10, 5, step=0.5, label="Picture before depth (0: together)")

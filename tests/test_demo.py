@@ -64,8 +64,8 @@ def uploaded(root: Path, name: str, **changes) -> dict[str, str]:
     ("mode", "name", "changes"),
     [
         ("joint", "", {"prompt": '-- it\'s a "road"\n & $HOME', "log2_alpha": 0.0}),
-        ("i2d", "-my 'photo'.png", {"prompt": ""}),
-        ("d2i", "depth.npy", {"prompt": "-1", "log2_alpha": -5.0}),
+        ("i2d", "-my'photo'.png", {"prompt": ""}),
+        ("d2i", "depth.npy", {"prompt": "-road", "log2_alpha": -5.0}),
         ("d2i", "depth.npy", {"log2_alpha": 0.0}),
     ],
 )
@@ -188,6 +188,12 @@ def test_files_of_others_are_refused(url: str, asked: str, what: str) -> None:
     assert httpx.get(f"{url}gradio_api/{asked}{escaped}").status_code == 403
 
 
+def test_a_folder_that_gradio_would_serve_is_refused(url: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GRADIO_EXAMPLES_CACHE", str(tmp_path))  # else one in the working directory
+    (tmp_path / "private.txt").write_text("private")
+    assert httpx.get(f"{url}gradio_api/file={tmp_path}/private.txt").status_code == 403
+
+
 def test_an_upload_stays_in_the_folder_whatever_its_name(url: str) -> None:
     root = Path(os.environ["GRADIO_TEMP_DIR"])
     for name in ("../../escaped.png", "/etc/escaped.png", "..\\escaped.png"):
@@ -287,6 +293,7 @@ from mofo.demo.page import launch
 launch(SimpleNamespace(device=SimpleNamespace(type="cpu")), model="small")
 """
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    env.pop("GRADIO_TEMP_DIR", None)
     argv = [sys.executable, "-c", code]
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout

@@ -4,6 +4,13 @@
 const BACKGROUND = 0xffccc8c8, MAX_SIDE = 12, DISTANCE = 3, FILL = 0.45;
 let points = null, colours = null, centre = [0, 0, 0], half = [1, 1, 1], yaw, pitch;
 
+// glTF holds linear light, a canvas takes sRGB.
+const encoded = Uint8Array.from({ length: 256 }, (_, i) => {
+  const light = i / 255;
+  const code = light <= 0.0031308 ? 12.92 * light : 1.055 * light ** (1 / 2.4) - 0.055;
+  return 255 * code + 0.5;
+});
+
 // Where most points lie along an axis: a few far ones must not shrink the others.
 const measure = (axis) => {
   const values = points.filter((_, i) => i % 3 === axis).sort();
@@ -22,7 +29,8 @@ const load = async () => {
   const start = (k) => 28 + length + gltf.bufferViews[gltf.accessors[k].bufferView].byteOffset;
   const count = gltf.accessors[POSITION].count;
   points = new Float32Array(bytes, start(POSITION), 3 * count);
-  colours = new Uint32Array(bytes, start(COLOR_0), count);
+  const light = new Uint8Array(bytes, start(COLOR_0), 4 * count);
+  colours = new Uint32Array(light.map((value, i) => (i % 4 === 3 ? value : encoded[value])).buffer);
   [0, 1, 2].forEach(measure);
   [yaw, pitch] = [0.3, 0.12];
   draw();

@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+from gradio import routes
 from PIL import Image
 
 from mofo.data.inputs import read_depth
@@ -37,9 +38,15 @@ HERE = Path(__file__).parent
 SAMPLES = HERE.parents[1] / "data/samples"  # absent where mofo came from a wheel
 EXAMPLES = ("cones", "motorcycle", "bookshelf", "zed_office", "zod_000014")
 PROMPTS = (
+    "a cozy sunlit kitchen with wooden cabinets",
     "a photo of a wide city road between tall buildings",
     "a photo of a wooden bookshelf full of books",
-    "a cozy sunlit kitchen with wooden cabinets",
+)
+# What the small model knows (mofo.data.scenes).
+SMALL_PROMPTS = (
+    "a room with a red sofa and a wooden table, blue walls",
+    "a room with a green bed and a lamp, wooden floor",
+    "a street with two trees and white houses, clear sky",
 )
 # How firmly a given depth is kept, as log2_alpha (recipe section 9); 0 stands for exactly.
 HOLDS = [("exactly", 0.0), ("closely", -15.0), ("loosely", -5.0)]
@@ -50,6 +57,12 @@ PROGRESS = gr.Progress()
 HEADING = """<h1>mofo</h1>
 <p>One model of pictures and their depth: give it words, a photo or a depth map, and it makes what
 is missing. Model: <code>{model}</code></p>"""
+# On a phone the results stand below the form: they are scrolled to.
+SHOW_STATUS = """(...values) => {
+    const status = document.getElementById("status");
+    if (status.getBoundingClientRect().top > innerHeight / 3) status.scrollIntoView();
+    return values;
+}"""
 CLOUD = '<canvas role="img" aria-label="Point cloud; drag to turn it"></canvas>'
 
 Form = tuple[gr.Button, list[Any]]  # what starts it, and its fields in the order of `checked`
@@ -82,9 +95,7 @@ def serve(
     shared = {"--model": model, "--device": mofo.device.type}
     if text_encoder is not None:
         shared["--text-encoder"] = text_encoder
-    with tempfile.TemporaryDirectory(prefix="mofo-demo-") as folder:
-        root = Path(folder).resolve()
-        os.environ["GRADIO_TEMP_DIR"] = str(root)  # the only way to tell Gradio
+    with _temporary_root() as root:
         page = build(mofo, root, shared=shared, limits=limits)
         guard = {"root": root, "max_bytes": (limits.megabytes + 1) * 10**6}
         _, url, _ = page.launch(
@@ -118,7 +129,7 @@ def build(mofo: Mofo, root: Path, *, shared: dict[str, str], limits: Limits = LI
         with gr.Row():
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("Text"):
-                    joint = _joint_form(limits)
+                    joint = _joint_form(limits, shared["--model"])
                 with gr.Tab("Photo"):
                     i2d = _i2d_form(limits)
                 with gr.Tab("Depth"):
@@ -140,18 +151,34 @@ def build(mofo: Mofo, root: Path, *, shared: dict[str, str], limits: Limits = LI
                 outputs,
                 preprocess=False,  # Gradio's own fails on a broken picture without saying why
                 show_progress_on=outputs[0],
-                scroll_to_output=True,
                 concurrency_id="network",
                 api_name=mode,
                 api_visibility="private",
-            )
+                js=SHOW_STATUS,
+            ).then(None, js=SHOW_STATUS)
     return page.queue(max_size=limits.queue, api_open=False, default_concurrency_limit=1)
+
+
+@contextmanager
+def _temporary_root() -> Iterator[Path]:
+    """A folder for all that Gradio writes; it is told so by the environment and, since it looked
+    there when it was imported, by a name of its own."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="mofo-demo-") as folder:
+        root = Path(folder).resolve()
+        os.environ["GRADIO_TEMP_DIR"] = routes.DEFAULT_TEMP_DIR = str(root)
+        try:
+            yield root
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 class _Guard:
     """Refuses, before Gradio sees them, requests for files outside `root` and bodies too large.
 
-    Gradio alone would also serve files of its working directory and fetch those of other servers.
+    Gradio alone would also serve a cache in the working directory, and fetch from other servers.
     """
 
     def __init__(self, app: Any, *, root: Path, max_bytes: int) -> None:
@@ -176,7 +203,11 @@ def _made(
 ) -> list[Any]:
     """Make it, save it, and show it: values for the components of `_result_panel`."""
     started = time.perf_counter()
-    result = order.make(mofo, limits, lambda done, total: progress((done, total), unit="steps"))
+
+    def on_step(done: int, total: int) -> None:
+        progress(done / total, desc=f"step {done} of {total}")
+
+    result = order.make(mofo, limits, on_step)
     command = order.command(shared)
     made_by = {
         "input": order.name or order.prompt,
@@ -226,10 +257,11 @@ def _result_panel() -> list[Any]:
     return [status, panel, picture, depth, cloud, command, files]
 
 
-def _joint_form(limits: Limits) -> Form:
+def _joint_form(limits: Limits, model: str) -> Form:
     prompt = _prompt("What the picture shall show", limits)
     button = gr.Button("Make picture and depth", variant="primary")
-    gr.Examples([[one] for one in PROMPTS], prompt)
+    prompts = SMALL_PROMPTS if model == "small" else PROMPTS
+    gr.Examples([[one] for one in prompts], prompt)
     with gr.Accordion("Settings", open=False):
         sampling = _sampling(4.0, limits)
         tilt = gr.Slider(0, 10, 5, step=0.5, label="Picture before depth (0: together)")

@@ -10,6 +10,8 @@ from mofo.data.fit import Fit
 from mofo.result import Result
 
 NUM_SEEDS = 2**32  # torch's CPU generator reads 32 bits of a seed and ignores the others
+MAX_CFG_SCALE = 1000.0  # far above what still makes pictures
+MAX_TILT = 60.0  # of log2_alpha: beyond it float32 times are 0 and 1 anyway
 
 Seeds = int | Sequence[int] | None
 OnStep = Callable[[int, int], None] | None
@@ -57,6 +59,12 @@ def cut(
             f"image is {height}x{width}, but both sides must be multiples of {stride}; "
             "leave size out for that of the training"
         )
+    for name, value, most in (
+        ("cfg_scale", cfg_scale, MAX_CFG_SCALE),
+        ("log2_alpha", log2_alpha, MAX_TILT),
+    ):
+        if value is not None and not abs(value) <= most:  # False for NaN
+            raise ValueError(f"{name} is {value}; accepted: -{most:g} to {most:g}")
     numbers = _numbers(seeds, count)
     chosen = [fits.choose(fit, (one[0], one[1]), size, stride) for one in sizes]
     groups: dict[tuple[int, int], list[int]] = {}

@@ -276,6 +276,7 @@ def _load(args: argparse.Namespace) -> "Mofo":
         revision=args.revision,
         plan=args.plan,
         compiled=args.compile,
+        size=args.resolution,
         num_samples=args.batch,
         cfg_scale=args.cfg_scale,
         announce=partial(print, file=sys.stderr),

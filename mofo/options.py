@@ -73,7 +73,7 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     about = "who may reach it: 127.0.0.1 this machine alone, 0.0.0.0 all (default: %(default)s)"
     mode.add_argument("--host", default="127.0.0.1", help=about)
     mode.add_argument("--port", type=int, help="(default: the first free one from 7860)")
-    mode.set_defaults(run=run["demo"], batch=1, cfg_scale=4.0)
+    mode.set_defaults(run=run["demo"], resolution=None, batch=1, cfg_scale=4.0)
 
     mode = add("export", help="a training run as a release folder")
     mode.add_argument("run_folder", metavar="RUN", type=Path, help="such as runs/small")

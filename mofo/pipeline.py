@@ -100,6 +100,7 @@ class Mofo:
         revision: str | None = None,
         plan: str | None = None,
         compiled: bool = False,
+        size: Size = None,
         num_samples: int = 1,
         cfg_scale: float = 4.0,
         announce: Callable[[str], None] | None = None,
@@ -109,8 +110,9 @@ class Mofo:
         `device` None takes a GPU if there is one; `dtype` None is bfloat16 there, else float32
         (the depth head is float32 always). `text_encoder` replaces the release's own: "small", or
         a folder or hub id of Qwen3. `plan` None takes the fastest of `mofo.memory` that holds
-        `num_samples` at once under `cfg_scale`; `announce` is told needs and plan before anything
-        large is loaded. `compiled` blocks cost minutes once and are faster afterwards.
+        `num_samples` of `size` (else as trained) at once under `cfg_scale`; `announce` is told
+        needs and plan before anything large is loaded. `compiled` blocks cost minutes once and are
+        faster afterwards.
         """
         device = _device(device)
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -123,7 +125,7 @@ class Mofo:
             text=encoders.text_encoder.num_bytes,
             autoencoder=memory.autoencoder_bytes(folder, dtype),
             dtype=dtype,
-            size=_size(outline),
+            size=size or _size(outline),
             num_samples=num_samples,
             cfg_scale=cfg_scale,
         )

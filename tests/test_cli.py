@@ -138,6 +138,7 @@ def test_resolution_is_the_networks_size(
     argv = ["joint", "--model", folder, "--prompt", "a", *FEW, "--output-dir", tmp_path / "out"]
     assert main([str(one) for one in [*argv, "--resolution", given]]) == 0
     assert np.load(only(tmp_path / "out") / "depth_raw.npy").shape == size
+    assert f"estimated for {size[0]}x{size[1]}," in capsys.readouterr().err
     said = refused(capsys, [*argv[:-1], tmp_path / "none", "--resolution", "20"])
     assert "image is 20x20, but both sides must be multiples of 8" in said
     assert not (tmp_path / "none").exists()

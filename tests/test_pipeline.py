@@ -312,6 +312,8 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch, after: int
         ({"size": (0, 8)}, "multiples of 8"),
         ({"seeds": [1, 2]}, "2 seeds for 1 samples"),
         ({"seeds": 2**32}, "seed is 4294967296"),
+        ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
+        ({"log2_alpha": 5000.0}, "log2_alpha is 5000"),
         ({"seeds": -1}, "seed is -1"),
         ({"num_steps": 0}, "num_steps is 0"),
     ],

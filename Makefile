@@ -16,7 +16,7 @@ export WANDB_MODE ?= offline
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-short test lint check lock clean
+.PHONY: help setup demo demo-short test test-slurm lint check lock clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,6 +55,9 @@ SHORT = trainer.max_steps=4 data.sources.scenes.make.count=40 \
 
 test: $(STAMP)       ## the tests, on CPU and without network (ARGS: passed to pytest)
 	$(VENV)/bin/pytest -q $(ARGS)
+
+test-slurm: $(STAMP) ## faults of clusters, on a local SLURM (needs root; half an hour)
+	$(VENV)/bin/pytest -q -m slurm tests/slurm $(ARGS)
 
 lint: $(STAMP)       ## ruff and pyright
 	$(VENV)/bin/ruff check .

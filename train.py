@@ -1,8 +1,17 @@
 """Train: `python train.py experiment=small` (see configs/experiment/; `--cfg job` prints the rest).
 
-The run folder is `runs/<name>`. The same command typed again continues it.
+The run folder is `runs/<name>`. The same command typed again continues it, under SLURM
+(`slurm/train.sbatch`), under `torchrun` and as it is.
 """
 
+if __name__ == "__main__":
+    # First of all: the imports take seconds, in which a signal would end the process.
+    from mofo.training import signals
+
+    signals.install()
+
+import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +20,9 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mofo.training import run
+from mofo.training import plan, run
+from mofo.training.guard import Guard
+from mofo.training.launch import Launch
 from mofo.training.module import ModalityForcing
 
 build = partial(instantiate, _convert_="all")
@@ -19,22 +30,41 @@ build = partial(instantiate, _convert_="all")
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
+    if cfg.plan:
+        print(plan.describe(cfg))
+    else:
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
     run.quieten()
-    checkpoint = run.open_folder(Path(cfg.run_dir), cfg)
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    module = ModalityForcing(
-        model=build(cfg.model),
-        encoders=build(cfg.encoders),
-        objective=build(cfg.objective),
-        optimizer=build(cfg.optimizer),
-        init_from=cfg.init_from,
-        seed=cfg.seed,
-        body_dtype=cfg.body_dtype,
-    )
-    callbacks = [build(callback) for callback in cfg.callbacks.values()]
-    trainer = build(cfg.trainer, callbacks=callbacks, logger=build(cfg.logger) or False)
-    trainer.fit(module, build(cfg.data), ckpt_path=checkpoint, weights_only=True)
+    launch, folder = Launch.read(), Path(cfg.run_dir)
+    placed = launch.trainer(cfg)
+    with run.opened(folder, cfg, launch.rank) as attempt:
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        module = ModalityForcing(
+            model=build(cfg.model),
+            encoders=build(cfg.encoders),
+            objective=build(cfg.objective),
+            optimizer=build(cfg.optimizer),
+            init_from=cfg.init_from,
+            seed=cfg.seed,
+            body_dtype=cfg.body_dtype,
+            recompute=cfg.recompute,
+            compile=cfg.compile,
+            max_skipped=cfg.max_skipped,
+        )
+        callbacks = [build(callback) for callback in cfg.callbacks.values()]
+        callbacks.append(Guard(folder=folder, attempt=attempt))
+        logger = build(cfg.logger) or False
+        trainer = build(cfg.trainer, callbacks=callbacks, logger=logger, **placed)
+        trainer.fit(module, build(cfg.data))
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or it prints tracebacks of its own
+    sys.excepthook = run.say_briefly
+    if (frozen := run.of_job()) is not None:
+        train(frozen)
+    else:
+        main()

@@ -9,7 +9,7 @@ import torch
 from tiny import diffusers_network
 from torch import Tensor, nn
 
-from mofo.model import weights
+from mofo.model import growth, weights
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
 from mofo.model.layouts import from_diffusers
 
@@ -82,7 +82,7 @@ def test_a_bf16_body_keeps_an_fp32_depth_head_off_the_bf16_grid() -> None:
 
 def test_text_to_image_is_the_golden_one() -> None:
     golden = weights.read_tensors(GOLDEN / "t2i_tiny" / "golden.safetensors")
-    dit = weights.text_to_image(GOLDEN / "t2i_tiny" / "flux2_t2i.safetensors")
+    dit = growth.text_to_image(GOLDEN / "t2i_tiny" / "flux2_t2i.safetensors")
     with torch.no_grad():
         v_image, depth = dit(golden["ctx"], golden["x"], None, golden["t"], None, grid=(4, 4))
     torch.testing.assert_close(v_image, golden["out"], rtol=0, atol=1e-5)

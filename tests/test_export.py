@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,8 @@ from mofo.evaluation.run import run as evaluate
 from mofo.model import weights
 from mofo.options import parser
 from mofo.pipeline import Mofo
-from mofo.training import card
+from mofo.training import card, store
 from mofo.training import export as exports
-from mofo.training.callbacks import EMA
 from mofo.training.export import export
 
 ROOT = Path(__file__).parents[1]
@@ -67,14 +67,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (where / "checkpoints").mkdir(parents=True)
     OmegaConf.save(cfg, where / "config.yaml", resolve=True)
     raw, average = network(1).state_dict(), network(2).state_dict()
-    state = {
-        "state_dict": {f"dit.{name}": tensor for name, tensor in raw.items()},
-        "callbacks": {EMA(decay=0.9).state_key: {"num_updates": 5, "average": average}},
-        "global_step": 5,
-        "DataModule": {"samples_seen": 160},
-    }
-    torch.save(state, where / "checkpoints" / "step_00000005.ckpt")
+    plant(where, 5, {"network": raw, "average": average}, samples_seen=160)
     return where
+
+
+def plant(run: Path, step: int, parts: dict[str, dict], samples_seen: int = 0) -> None:
+    """Leave a checkpoint in a run's folder, as training does."""
+    named = parts.items()
+    tensors = {f"{part}/{name}": one for part, state in named for name, one in state.items()}
+    facts = {"data": {"samples_seen": samples_seen}}
+    store.save(run / "checkpoints", step, tensors, facts, keep=9).wait()
 
 
 def edit_config(run: Path, changes: dict) -> None:
@@ -190,13 +192,6 @@ def test_a_card_says_what_was_trained_and_how(run: Path, tmp_path: Path) -> None
     assert "| weights | the last |" in card_of(run, tmp_path / "raw", averaged=False)
 
 
-def test_a_count_that_was_not_kept_is_not_claimed(run: Path, tmp_path: Path) -> None:
-    checkpoint = run / "checkpoints" / "step_00000005.ckpt"
-    state = torch.load(checkpoint, weights_only=True)
-    torch.save(state | {"DataModule": {"samples_seen": 0}}, checkpoint)
-    assert "| samples seen | not recorded |" in card_of(run, tmp_path / "out")
-
-
 def test_commands_of_a_card_are_commands_of_mofo(run: Path, tmp_path: Path) -> None:
     edit_config(run, {"encoders": {"text": "some/qwen"}})
     for text in (card_of(run, tmp_path / "qwen"), card_of(run, tmp_path / "second")):
@@ -254,10 +249,7 @@ def test_a_base_without_depth_claims_none(run: Path, tmp_path: Path) -> None:
     without = {"depth_channels": 0, "depth_decoder_num_layers": 0}
     without |= {"cross_stream_timestep_mixing": False}
     edit_config(run, {"model": without})
-    checkpoint = run / "checkpoints" / "step_00000005.ckpt"
-    state = torch.load(checkpoint, weights_only=True)
-    raw = {f"dit.{name}": tensor for name, tensor in network(1, **without).state_dict().items()}
-    torch.save(state | {"state_dict": raw}, checkpoint)
+    plant(run, 6, {"network": network(1, **without).state_dict()})
     text = card_of(run, tmp_path / "out", averaged=False, num_samples=2)
     assert "It has no depth stream." in text
     assert "mofo i2d" not in text
@@ -302,9 +294,7 @@ def test_a_run_that_cannot_be_exported_says_why(run: Path, tmp_path: Path, capsy
     absent = ["export", tmp_path / "absent", "--out", tmp_path / "out"]
     assert "is no training run" in refused(capsys, absent)
 
-    checkpoint = run / "checkpoints" / "step_00000005.ckpt"
-    state = torch.load(checkpoint, weights_only=True)
-    torch.save(state | {"callbacks": {}}, checkpoint)
+    plant(run, 6, {"network": network(1).state_dict()})
     assert "--weights raw" in refused(capsys, argv)
 
     cfg = OmegaConf.load(run / "config.yaml")
@@ -314,6 +304,11 @@ def test_a_run_that_cannot_be_exported_says_why(run: Path, tmp_path: Path, capsy
     OmegaConf.save(part, run / "config.yaml")
     assert "lacks encoders.text, encoders.autoencoder" in refused(capsys, argv)
     OmegaConf.save(cfg, run / "config.yaml")
-    checkpoint.unlink()
-    assert "no readable checkpoint" in refused(capsys, argv)
+    shutil.rmtree(run / "checkpoints" / "step_00000006")
+    kept = run / "checkpoints" / "step_00000005"
+    (kept / "manifest.json").write_text("{}")
+    assert "has no checkpoint that is whole" in refused(capsys, argv)
+    assert kept.exists()
+    kept.rename(kept.with_suffix(".ckpt"))
+    assert "written by an older version" in refused(capsys, argv)
     assert not (tmp_path / "out").exists()

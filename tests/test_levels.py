@@ -39,8 +39,20 @@ LEVEL_0 = tuple(f"mofo/{part}.py" for part in LEVELS[0])
 DOORS: dict[str, tuple[str, ...]] = {
     "lightning": ("mofo/training/", "mofo/data/module.py", "train.py"),
     "pytorch_lightning": (),
-    "hydra": ("train.py", "evaluate.py", "mofo/training/export.py"),
-    "omegaconf": ("train.py", "evaluate.py", "mofo/training/export.py", "mofo/training/run.py"),
+    "hydra": (
+        "train.py",
+        "evaluate.py",
+        "mofo/training/export.py",
+        "mofo/training/plan.py",
+        "mofo/training/run.py",
+    ),
+    "omegaconf": (
+        "train.py",
+        "evaluate.py",
+        "mofo/training/export.py",
+        "mofo/training/launch.py",
+        "mofo/training/run.py",
+    ),
     "transformers": (
         "mofo/model/text.py",
         "mofo/data/caption.py",

@@ -21,10 +21,13 @@ from mofo.data.write import write
 from mofo.model import weights
 from mofo.model.dit import ThreeStreamDiT
 from mofo.objective import Objective
-from mofo.training.callbacks import EMA
 from mofo.training.checkpoint import Checkpoint, newest
+from mofo.training.dcp import Whole
+from mofo.training.ema import EMA
+from mofo.training.manifest import Manifest
 from mofo.training.module import ModalityForcing
 from mofo.training.optimizer import AdamW
+from mofo.training.store import by_step
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "losses_tiny.txt"
@@ -105,7 +108,7 @@ def start(shards: Path) -> Train:
         if kill_at is not None:
             dying = {"_target_": f"{__name__}.Kill", "step": kill_at}
             cfg.callbacks = OmegaConf.create({"kill": dying} | dict(cfg.callbacks.items()))
-        train.main(cfg)
+        train.train(cfg)
         return root / "run"
 
     return run
@@ -130,32 +133,27 @@ def trace(run: Path) -> list[dict[str, float]]:
     return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def last_checkpoint(run: Path) -> dict:
+def last_checkpoint(run: Path) -> tuple[Manifest, dict[str, Tensor]]:
     path = newest(run / "checkpoints")
     assert path is not None
-    return torch.load(path, weights_only=True)
+    manifest = Manifest.read(path)
+    return manifest, {name: one.clone() for name, one in Whole(path, manifest.tensors, "").items()}
 
 
-def assert_equal_bits(one: object, other: object) -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal_bits(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for left, right in zip(one, other, strict=True):
-            assert_equal_bits(left, right)
-    else:
-        assert one == other
+def part_of(run: Path, part: str) -> dict[str, Tensor]:
+    tensors = last_checkpoint(run)[1].items()
+    return {name.removeprefix(part): one for name, one in tensors if name.startswith(part)}
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
     assert (run / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    ours, theirs = last_checkpoint(run), last_checkpoint(whole)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        assert_equal_bits(ours[part], theirs[part])
-    assert_equal_bits(ours["callbacks"]["EMA"], theirs["callbacks"]["EMA"])
+    (ours, tensors), (theirs, expected) = last_checkpoint(run), last_checkpoint(whole)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert ours.step == theirs.step
+    for fact in ("data", "schedule", "num_updates", "skipped", "config_hash"):
+        assert ours.facts[fact] == theirs.facts[fact]
 
 
 def copied(run: Path, root: Path) -> Path:
@@ -181,7 +179,7 @@ def test_a_killed_run_typed_again_equals_the_uninterrupted_one(
 ) -> None:
     run = copied(killed, tmp_path)
     assert [row["step"] for row in trace(run)][-1] in (10, 11)
-    assert last_checkpoint(run)["global_step"] == 9
+    assert last_checkpoint(run)[0].step == 9
     start(tmp_path)
     assert_same_run(run, whole)
 
@@ -190,10 +188,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_used(
     tmp_path: Path, start: Train, killed: Path, whole: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = copied(killed, tmp_path)
-    damaged = run / "checkpoints" / "step_00000009.ckpt"
-    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    damaged = run / "checkpoints" / "step_00000009"
+    file = damaged / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
     start(tmp_path)
-    assert "step_00000009.ckpt cannot be read" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{damaged} is damaged, set aside as step_00000009.damaged: {file.name} has" in said
     assert damaged.with_suffix(".damaged").exists()
     assert_same_run(run, whole)
 
@@ -204,8 +204,9 @@ def test_a_half_written_row_and_checkpoint_of_a_kill_are_dropped(
     run = copied(killed, tmp_path)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1')
-    partial = run / "checkpoints" / ".step_00000012.ckpt.partial"
-    partial.write_bytes(b"half")
+    partial = run / "checkpoints" / "step_00000012.1234.partial"
+    partial.mkdir()
+    (partial / "rank_00000.safetensors").write_bytes(b"half")
     start(tmp_path)
     assert not partial.exists()
     assert_same_run(run, whole)
@@ -213,14 +214,15 @@ def test_a_half_written_row_and_checkpoint_of_a_kill_are_dropped(
 
 def test_checkpoints_are_kept_by_number(whole: Path) -> None:
     names = sorted(path.name for path in (whole / "checkpoints").iterdir())
-    assert names == ["step_00000018.ckpt", f"step_{NUM_STEPS:08d}.ckpt"]
+    assert names == ["LATEST", "step_00000018", f"step_{NUM_STEPS:08d}"]
 
 
 def test_a_finished_run_typed_again_changes_nothing(
-    tmp_path: Path, start: Train, whole: Path
+    tmp_path: Path, start: Train, whole: Path, capsys: pytest.CaptureFixture
 ) -> None:
     run = copied(whole, tmp_path)
     start(tmp_path)
+    assert "this run is finished" in capsys.readouterr().out
     assert_same_run(run, whole)
 
 
@@ -254,7 +256,7 @@ def test_a_bf16_body_follows_the_fp32_run(tmp_path: Path, start: Train, whole: P
     run = start(tmp_path, "body_dtype=bfloat16", "trainer.max_steps=4")
     for row, other in zip(trace(run), trace(whole), strict=False):
         assert row["train/loss"] == pytest.approx(other["train/loss"], rel=0.02)
-    state = last_checkpoint(run)["state_dict"]
+    state = part_of(run, "network/")
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
 
 
@@ -269,12 +271,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(
 
     with monkeypatch.context() as patch:
         patch.setattr(Objective, "total", poisoned)
-        with pytest.raises(FloatingPointError, match="the loss is nan at step 4") as caught:
-            start(tmp_path)
+        with pytest.raises(FloatingPointError, match="last with loss nan") as caught:
+            start(tmp_path, "max_skipped=0")
     assert str(caught.value).count("picture-") == 4
     assert "[16, 17, 18, 19]" in str(caught.value)
     run = tmp_path / "run"
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000003.ckpt"]
+    assert [p.name for p in by_step(run / "checkpoints")] == ["step_00000003"]
     assert trace(run) == trace(whole)[:4]
 
 
@@ -285,28 +287,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
         return torch.tensor(torch.inf)
 
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", explode)
-    with pytest.raises(FloatingPointError, match="gradient norm is inf at step 0"):
-        start(tmp_path)
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-def test_a_full_disk_keeps_the_older_checkpoint(
-    tmp_path: Path, start: Train, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = L.Trainer.save_checkpoint
-
-    def fill_the_disk(self: L.Trainer, path: Path, **options: object) -> None:
-        if self.global_step == 6:
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        save(self, path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(L.Trainer, "save_checkpoint", fill_the_disk)
-        with pytest.raises(OSError, match="No space left"):
-            start(tmp_path)
-    assert newest(tmp_path / "run" / "checkpoints").name == "step_00000003.ckpt"
-    assert_same_run(start(tmp_path), whole)
+    with pytest.raises(FloatingPointError, match="gradient norm inf; accepted are 0"):
+        start(tmp_path, "max_skipped=0")
+    assert not by_step(tmp_path / "run" / "checkpoints")
 
 
 STAGE_1 = [
@@ -328,10 +311,9 @@ def test_a_stage_1_export_grows_and_its_teacher_stays_out_of_the_checkpoint(
     assert all(row["train/teacher"] > 0 for row in trace(run))
     with torch.device("meta"):
         names = ThreeStreamDiT(weights.load(run / "export").dit.config).state_dict()
-    checkpoint = last_checkpoint(run)
-    assert checkpoint["state_dict"].keys() == {f"dit.{name}" for name in names}
-    groups = checkpoint["optimizer_states"][0]["param_groups"]
-    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert part_of(run, "network/").keys() == names.keys()
+    wanted = {f"{name}/{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert part_of(run, "optimizer/").keys() == wanted
 
 
 def test_without_weight_there_is_no_teacher(tmp_path: Path, start: Train, whole: Path) -> None:
@@ -342,7 +324,7 @@ def test_without_weight_there_is_no_teacher(tmp_path: Path, start: Train, whole:
 
 
 def test_the_export_is_the_average(whole: Path) -> None:
-    average = last_checkpoint(whole)["callbacks"]["EMA"]["average"]
+    average = part_of(whole, "average/")
     exported = weights.load(whole / "export")
     for name, tensor in exported.dit.state_dict().items():
         torch.testing.assert_close(tensor, average[name], rtol=0, atol=0)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import diffusers_network
 from torch import Tensor, nn
 
-from mofo.model import weights
+from mofo.model import growth, weights
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -334,7 +334,7 @@ def velocity_without_depth(dit: ThreeStreamDiT) -> Tensor:
 
 
 def stage_1_export(folder: Path) -> Path:
-    dit = weights.text_to_image(BASE)
+    dit = growth.text_to_image(BASE)
     release = weights.load(GOLDEN / "tiny_v2")
     weights.save(replace(release, dit=dit), folder)
     return folder
@@ -363,14 +363,14 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_a_grown_network_without_depth_is_exactly_its_base(base: Path) -> None:
-    expected = velocity_without_depth(weights.text_to_image(base))
+    expected = velocity_without_depth(growth.text_to_image(base))
     assert expected.abs().max() > 0.01
-    for grown in (weights.grow(base, GROWN), weights.start(base, GROWN)):
+    for grown in (growth.grow(base, GROWN), growth.start(base, GROWN)):
         assert torch.equal(velocity_without_depth(grown), expected)
 
 
 def test_a_grown_depth_stream_is_a_copy_with_a_silent_head() -> None:
-    state = weights.grow(BASE, replace(GROWN, depth_decoder_num_layers=2)).state_dict()
+    state = growth.grow(BASE, replace(GROWN, depth_decoder_num_layers=2)).state_dict()
     for depth, image in [
         ("double_blocks.0.depth_attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight"),
         ("double_blocks.0.depth_mlp.2.weight", "double_blocks.0.img_mlp.2.weight"),
@@ -390,44 +390,44 @@ def test_a_grown_depth_stream_is_a_copy_with_a_silent_head() -> None:
 
 def test_a_base_of_other_dimensions_is_refused() -> None:
     with pytest.raises(ValueError, match=r"flux2_t2i.safetensors.*\n.*missing: single_blocks.2"):
-        weights.grow(BASE, replace(GROWN, depth_single=3))
+        growth.grow(BASE, replace(GROWN, depth_single=3))
 
 
 def test_a_base_that_states_other_axes_is_refused(tmp_path: Path) -> None:
     stage_1_export(tmp_path)
     with pytest.raises(ValueError, match=r"axes_dim is \[8, 8, 8, 8\], not \[2, 14, 14, 2\]"):
-        weights.grow(tmp_path, replace(GROWN, axes_dim=[2, 14, 14, 2]))
+        growth.grow(tmp_path, replace(GROWN, axes_dim=[2, 14, 14, 2]))
 
 
 def test_what_a_stage_1_export_states_is_what_its_teacher_is(tmp_path: Path) -> None:
     stage_1_export(tmp_path)
     edit_config(tmp_path, "dit", axes_dim=[2, 14, 14, 2], theta=100)
-    config = weights.text_to_image(tmp_path).config
+    config = growth.text_to_image(tmp_path).config
     assert (config.axes_dim, config.theta) == ([2, 14, 14, 2], 100)
 
 
 def test_a_file_that_is_no_base_is_refused(tmp_path: Path) -> None:
     save_file({"other": torch.zeros(1)}, tmp_path / "file.safetensors")
     with pytest.raises(ValueError, match="no FLUX.2 text-to-image base.*img_in.*other"):
-        weights.grow(tmp_path / "file.safetensors", GROWN)
+        growth.grow(tmp_path / "file.safetensors", GROWN)
     with pytest.raises(ValueError, match="holds none of"):
-        weights.grow(tmp_path, GROWN)
+        growth.grow(tmp_path, GROWN)
 
 
 def test_training_goes_on_from_a_release_only_with_its_dimensions(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "tiny_v2", tmp_path / "release")
     release = weights.load(GOLDEN / "tiny_v2")
-    assert same(weights.start(tmp_path / "release", release.dit.config), release.dit)
+    assert same(growth.start(tmp_path / "release", release.dit.config), release.dit)
     with pytest.raises(ValueError, match="differs from the model config: theta is 2000, not 100"):
-        weights.start(tmp_path / "release", replace(release.dit.config, theta=100))
+        growth.start(tmp_path / "release", replace(release.dit.config, theta=100))
 
 
 def test_dimensions_of_a_base_are_read_off_its_tensors() -> None:
     expected = asdict(GROWN) | {"depth_channels": 0, "depth_decoder_num_layers": 0}
-    assert asdict(weights.base_config(BASE)) == expected | {"cross_stream_timestep_mixing": False}
+    assert asdict(growth.base_config(BASE)) == expected | {"cross_stream_timestep_mixing": False}
 
 
 def test_diffusers_names_become_all_the_names_of_the_file(tmp_path: Path) -> None:
-    read = weights.read_base(diffusers_folder(tmp_path))
-    shapes = {name: tensor.shape for name, tensor in weights.read_base(BASE).items()}
+    read = growth.read_base(diffusers_folder(tmp_path))
+    shapes = {name: tensor.shape for name, tensor in growth.read_base(BASE).items()}
     assert {name: tensor.shape for name, tensor in read.items()} == shapes

@@ -1,16 +1,21 @@
 """`DataModule`: the training data as Lightning wants it. Its whole state is one integer."""
 
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import lightning as L
 
+from mofo.data.caption import read_overlay
 from mofo.data.gates import Gates, Rejections
 from mofo.data.loader import Faults, Source, Steps, TrainingSet
 from mofo.data.make import make
 from mofo.data.order import bucket_sizes
+from mofo.data.shards import Shards
 
 log = logging.getLogger(__name__)
 
@@ -95,11 +100,27 @@ class DataModule(L.LightningDataModule):
         """Say that `samples` more of the global order were trained on: `batch_size` a step."""
         self.samples_seen += samples
 
-    def state_dict(self) -> dict[str, int]:
-        return {"samples_seen": self.samples_seen}
+    def fingerprint(self, *, files: bool = False) -> dict[str, str]:
+        """For each source what its manifest says of the shards, and its captions, as one hash.
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        seen = state_dict["samples_seen"]
+        With `files` also whether those shards are here: ValueError names what is missing.
+        """
+        sets = {name: Shards(source.shards) for name, source in self.sources.items()}
+        if files:
+            for name, shards in sets.items():
+                _look_for(name, shards)
+        return {name: _hash(shards) for name, shards in sets.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples_seen": self.samples_seen, "shards": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        seen, then, now = state_dict["samples_seen"], state_dict["shards"], self.fingerprint()
+        if changed := [name for name in now if now[name] != then.get(name)]:
+            raise ValueError(
+                f"the shards or captions of {', '.join(changed)} are not those that the run has "
+                f"trained on for {seen} samples; bring them back, or start a run of another name"
+            )
         if self.buckets and seen % self.batch_size:
             raise ValueError(
                 f"the run has seen {seen} samples, no whole number of steps of batch_size="
@@ -112,6 +133,39 @@ class DataModule(L.LightningDataModule):
             log.info("%d damaged samples were skipped", len(self.faults.met))
         if self.rejections is not None:
             self.rejections.report()
+
+
+def _look_for(name: str, shards: Shards) -> None:
+    """ValueError unless every shard is here, as long as its manifest says; URLs are not asked."""
+    if shards.manifest is None or shards.is_remote:
+        return
+    sizes = [entry["bytes"] for entry in shards.manifest["shards"]]
+    wrong = [
+        f"{path} ({'missing' if found is None else f'{found} of {size} bytes'})"
+        for path, size in zip(shards.paths, sizes, strict=True)
+        if (found := _size(path)) != size
+    ]
+    if wrong:
+        raise ValueError(
+            f"source {name!r}: {len(wrong)} of {len(sizes)} shards are missing or cut short: "
+            f"{', '.join(wrong[:5])}; copy or convert them again"
+        )
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def _hash(shards: Shards) -> str:
+    if shards.manifest is None:
+        rows = [[os.path.basename(path), _size(path)] for path in shards.paths]
+    else:
+        rows = [[row["name"], row["samples"], row["sha256"]] for row in shards.manifest["shards"]]
+    captions = sorted(read_overlay(shards.source).items())
+    return hashlib.sha256(json.dumps([rows, captions]).encode()).hexdigest()[:16]
 
 
 def _source(name: str, row: Mapping[str, Any]) -> Source:

@@ -1,4 +1,4 @@
-"""Weights on disk: `load` and `save` release folders, `grow` a text-to-image base.
+"""Weights on disk: `load` and `save` release folders.
 
 A release folder holds `config.json` and `model.safetensors` (one file, or shards listed in
 `model.safetensors.index.json`), every tensor under `dit.`. Loading is strict, builds the network
@@ -9,11 +9,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from mofo.depth import DepthCodec
 from mofo.model import hub
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
-from mofo.model.layouts import count_blocks, from_diffusers
 from mofo.schedule import Schedule
 
 PREFIX = "dit."
@@ -79,8 +77,8 @@ def load(
 def outline(path: str | Path) -> Release:
     """A release as its `config.json` describes it: the network is on the meta device, empty."""
     folder = fetch(path)
-    config = _read_config(folder)
-    dit_config, codec, schedule = _parse(config, folder)
+    config = read_config(folder)
+    dit_config, codec, schedule = parse(config, folder)
     with torch.device("meta"):
         dit = ThreeStreamDiT(dit_config).eval()
     return Release(dit=dit, codec=codec, schedule=schedule, use=config.get("use", {}))
@@ -111,90 +109,6 @@ def save(release: Release, folder: str | Path) -> None:
         partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def grow(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
-    """Three streams from a FLUX.2 text-to-image base (recipe section 8).
-
-    `path` is the base's single file or a diffusers folder. The depth stream starts as a copy of
-    the image stream, decoder blocks as the last single blocks; `depth_in`, the depth head and the
-    cross-time MLPs are fresh, the cross alphas 0. Without depth the output is exactly the base's.
-    """
-    tensors = read_base(path)
-    stated = _stated(path)
-    if stated is not None:
-        # What no tensor's shape shows; the rest is compared below.
-        _agree(stated, config, path, names=("num_heads", "axes_dim", "theta"))
-    with torch.device("meta"):
-        dit = ThreeStreamDiT(config)
-    wanted = dit.state_dict()
-    shared = set(wanted) & set(base_names(config))
-    _compare({k: wanted[k].shape for k in shared}, _shapes(tensors), path)
-    state = {}
-    for name, blank in wanted.items():
-        source = _origin(name, config)
-        if name in tensors:
-            state[name] = tensors[name].to(torch.float32, copy=True)
-        elif source in tensors:
-            state[name] = tensors[source].to(torch.float32, copy=True)
-        else:
-            state[name] = _fresh(name, blank.shape)
-    dit.load_state_dict(state, assign=True)
-    return dit
-
-
-def start(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
-    """The network that training begins with: a release of the same dimensions, or a grown base."""
-    if not _is_release(path):
-        return grow(path, config)
-    dit = load(path).dit
-    _agree(dit.config, config, path)
-    return dit
-
-
-def text_to_image(path: str | Path) -> ThreeStreamDiT:
-    """The text-to-image network of a base; a three-stream release is one when given no depth."""
-    if _is_release(path):
-        return load(path).dit
-    config = _stated(path) or base_config(path)
-    with torch.device("meta"):
-        dit = ThreeStreamDiT(config)
-    assign(dit, read_base(path), path)
-    return dit.eval()
-
-
-def base_config(path: str | Path) -> DiTConfig:
-    """The dimensions of a text-to-image base, read off its tensors: the file carries no config.
-
-    Head size from `query_norm.scale`, axes are four quarters of it, theta 2000 (recipe section 3).
-    """
-    shapes = _shapes(read_base(path))
-    hidden, channels = shapes["img_in.weight"]
-    head_size = shapes["single_blocks.0.norm.query_norm.scale"][0]
-    wide = shapes["single_blocks.0.linear2.weight"][1] - hidden
-    return DiTConfig(
-        in_channels=channels,
-        depth_channels=0,
-        context_in_dim=shapes["txt_in.weight"][1],
-        hidden_size=hidden,
-        num_heads=hidden // head_size,
-        depth_double=count_blocks(shapes, "double_blocks"),
-        depth_single=count_blocks(shapes, "single_blocks"),
-        depth_decoder_num_layers=0,
-        axes_dim=[head_size // 4] * 4,
-        mlp_ratio=wide / hidden,
-        use_guidance_embed="guidance_in.in_layer.weight" in shapes,
-        cross_stream_timestep_mixing=False,
-    )
-
-
-def base_names(config: DiTConfig) -> list[str]:
-    """The tensors of the text-to-image part of a network."""
-    with torch.device("meta"):
-        names = ThreeStreamDiT(
-            replace(config, depth_channels=0, cross_stream_timestep_mixing=False)
-        ).state_dict()
-    return list(names)
-
-
 def assign(
     network: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -207,7 +121,7 @@ def assign(
 ) -> None:
     """Put tensors into a network built on the meta device, strictly, converting one at a time."""
     wanted = {prefix + k: v.shape for k, v in network.state_dict().items()}
-    _compare(wanted, _shapes(tensors), path)
+    compare(wanted, shapes_of(tensors), path)
     for name in wanted:
         target = name.removeprefix(prefix)
         kind = head_dtype if target.startswith("depth_final_layer.") else dtype
@@ -218,7 +132,7 @@ def assign(
 
 def digest(path: str | Path) -> str:
     """16 hexadecimal digits of the sha256 of a release's network, all its shards in order."""
-    folder = _folder(path)
+    folder = folder_of(path)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no model*.safetensors; give a release folder, or 'small'")
@@ -290,54 +204,8 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def read_base(path: str | Path) -> dict[str, Tensor]:
-    """A text-to-image base in the names of its own single file, whichever layout it comes in."""
-    folder = file = _folder(path)
-    if folder.is_dir():
-        inside = [folder / "transformer", folder]
-        names = ["diffusion_pytorch_model.safetensors", WEIGHTS]
-        found = [d / n for d in inside for n in names if _exists(d / n)]
-        if not found:
-            raise ValueError(f"{folder} holds none of {names}, in it or in its transformer/ folder")
-        file = found[0]
-    tensors = read_tensors(file)
-    if "x_embedder.weight" in tensors:
-        tensors = from_diffusers(tensors)
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    if "img_in.weight" not in tensors:
-        raise ValueError(
-            f"{file} is no FLUX.2 text-to-image base: it has no tensor img_in.weight; its first "
-            f"tensors are {sorted(tensors)[:5]}"
-        )
-    return tensors
-
-
-def _origin(name: str, config: DiTConfig) -> str:
-    """The image-stream tensor that a depth-stream tensor starts from."""
-    decoder = re.match(r"depth_decoder_blocks\.(\d+)\.", name)
-    if decoder:
-        index = config.depth_single - config.depth_decoder_num_layers + int(decoder[1])
-        return f"single_blocks.{max(index, 0)}." + name[decoder.end() :]
-    for depth, image in {
-        ".depth_attn.": ".img_attn.",
-        ".depth_mlp.": ".img_mlp.",
-        "double_stream_modulation_depth.": "double_stream_modulation_img.",
-        "single_stream_modulation_depth.": "single_stream_modulation.",
-        "depth_decoder_modulation.": "single_stream_modulation.",
-        "time_in_depth.": "time_in.",
-    }.items():
-        if depth in name:
-            return name.replace(depth, image)
-    return ""
-
-
-def _fresh(name: str, shape: torch.Size) -> Tensor:
-    if name.startswith(("cross_alpha", "depth_final_layer.")):
-        return torch.zeros(shape)
-    return nn.init.xavier_uniform_(torch.empty(shape))
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a release folder."""
     try:
         return json.loads((folder / CONFIG).read_text())
     except OSError as error:
@@ -349,7 +217,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG} is not valid JSON: {error}") from error
 
 
-def _parse(config: dict[str, Any], folder: Path) -> tuple[DiTConfig, DepthCodec, Schedule]:
+def parse(config: dict[str, Any], folder: Path) -> tuple[DiTConfig, DepthCodec, Schedule]:
+    """What a `config.json` describes; unknown keys and variants are refused."""
     if "dit" in config:
         dit = _section(DiTConfig, config["dit"], folder)
     elif config.get("variant") in VARIANTS:
@@ -383,7 +252,7 @@ def _section(kind: type[T], values: dict[str, Any], folder: Path) -> T:
     return kind(**values)
 
 
-def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], path: str | Path) -> None:
+def compare(wanted: Mapping[str, Any], found: Mapping[str, Any], path: str | Path) -> None:
     """Same names, same shapes, or a message with the first five of each kind of difference."""
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(set(found) - set(wanted))
@@ -402,45 +271,16 @@ def _compare(wanted: Mapping[str, Any], found: Mapping[str, Any], path: str | Pa
         )
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """As plain numbers, which compare and print."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _agree(
-    theirs: DiTConfig, ours: DiTConfig, path: str | Path, names: Iterable[str] | None = None
-) -> None:
-    """The same dimensions, or a message with those that differ."""
-    found, wanted = asdict(theirs), asdict(ours)
-    listed = [
-        f"{name} is {found[name]}, not {wanted[name]}"
-        for name in names or wanted
-        if found[name] != wanted[name]
-    ]
-    if listed:
-        raise ValueError(
-            f"the network in {path} differs from the model config: {'; '.join(listed)}"
-        )
-
-
-def _stated(path: str | Path) -> DiTConfig | None:
-    """The dimensions in a folder's `config.json`; None for a base, whose file has none of ours."""
-    folder = _folder(path)
-    if not (folder / CONFIG).exists():
-        return None
-    config = _read_config(folder)
-    ours = "dit" in config or "variant" in config  # diffusers writes a config.json as well
-    return _parse(config, folder)[0] if ours else None
-
-
-def _is_release(path: str | Path) -> bool:
-    """Whether a folder holds three streams (or is the shipped model), not a text-to-image base."""
-    stated = _stated(path)
-    return stated is not None and stated.depth_channels > 0
-
-
-def _folder(path: str | Path) -> Path:
+def folder_of(path: str | Path) -> Path:
+    """A path, or that of a model inside this package by its name."""
     return SHIPPED.get(str(path), Path(path))
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether tensors lie there, in one file or in shards."""
     return path.exists() or path.with_name(path.name + ".index.json").exists()

@@ -6,7 +6,7 @@ run writes the first part of it to `runs/NAME/export`.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,6 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from mofo.depth import DepthCodec
 from mofo.model import autoencoder as autoencoders
@@ -26,8 +25,9 @@ from mofo.model.basis import LappedBasis
 from mofo.model.dit import ThreeStreamDiT
 from mofo.model.weights import Release
 from mofo.schedule import LogitNormal, Schedule, Uniform
+from mofo.training import store
 from mofo.training.card import Training, write_card
-from mofo.training.checkpoint import newest
+from mofo.training.manifest import Manifest
 
 RUN_CONFIG = "config.yaml"  # as train.py froze it
 # Keys of a run's frozen config that a release is made from.
@@ -62,19 +62,18 @@ def export(
         what = "holds a release already" if (folder / weights.CONFIG).exists() else "is not empty"
         raise ValueError(f"{folder} {what}; choose another folder, or remove it")
     config = read_config(run)
-    checkpoint = newest(run / "checkpoints")
+    checkpoint = store.newest(run / "checkpoints", read_only=True)
     if checkpoint is None:
-        raise ValueError(f"{run} has no readable checkpoint in checkpoints/; train it further")
-    state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        raise ValueError(f"{run} has no checkpoint in checkpoints/; train it further")
+    manifest = Manifest.read(checkpoint)
     training = Training(
         run=run,
         config=config,
-        num_steps=state.get("global_step"),
-        # 0 stands in checkpoints of stage 1 from before its samples were counted.
-        num_seen=state.get("DataModule", {}).get("samples_seen") or None,
+        num_steps=manifest.step,
+        num_seen=manifest.facts["data"]["samples_seen"],
         averaged=averaged,
     )
-    release = _release(training, state, checkpoint, dtype)
+    release = _release(training, manifest, checkpoint, dtype)
     autoencoder = autoencoders.load(config["encoders"]["autoencoder"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
@@ -132,9 +131,9 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def _release(
-    training: Training, state: Mapping[str, Any], checkpoint: Path, dtype: torch.dtype
+    training: Training, manifest: Manifest, checkpoint: Path, dtype: torch.dtype
 ) -> Release:
-    """The network of a run's config, with the tensors in `state`, what its checkpoint holds."""
+    """The network of a run's config with the tensors of a checkpoint, converted one by one."""
     config = training.config
     schedules = [config["objective"][f"{name}_schedule"] for name in ("image", "depth")]
     try:
@@ -143,8 +142,11 @@ def _release(
         image_schedule, depth_schedule = map(_build, schedules)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"{training.run / RUN_CONFIG} cannot be used: {error}") from error
-    tensors, prefix = _trained(state, training.averaged, checkpoint)
-    weights.assign(dit, tensors, checkpoint, prefix=prefix, dtype=dtype)
+    part = "average" if training.averaged else "network"
+    tensors = store.read_part(checkpoint, manifest, part)
+    if not tensors:
+        raise ValueError(f"{checkpoint} holds no EMA; export the raw weights (--weights raw)")
+    weights.assign(dit, tensors, checkpoint, dtype=dtype)
     return assemble(
         dit,
         image_schedule=image_schedule,
@@ -152,18 +154,6 @@ def _release(
         size=config["data"]["size"],
         text=config["encoders"]["text"],
     )
-
-
-def _trained(
-    state: Mapping[str, Any], averaged: bool, checkpoint: Path
-) -> tuple[dict[str, Tensor], str]:
-    """The network's tensors in a checkpoint, and the prefix of their names."""
-    if not averaged:
-        return state["state_dict"], "dit."
-    average = state["callbacks"].get("EMA", {}).get("average")
-    if not average:
-        raise ValueError(f"{checkpoint} holds no EMA; export the raw weights (--weights raw)")
-    return average, ""
 
 
 def _build(config: dict[str, Any]) -> Any:

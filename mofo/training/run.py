@@ -1,17 +1,36 @@
-"""A run's folder: its frozen configuration, and where it continues from."""
+"""A run's folder: who holds it, and the configuration that is frozen in it."""
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mofo.model.weights import replacing
-from mofo.training.checkpoint import newest
+from mofo.training import attempts
+from mofo.training.attempts import Attempt, Refused
 
+FROZEN = "config.yaml"
 # May differ when a run goes on: how long, on what, and what is written about it.
-FREE = ("trainer", "callbacks", "logger", "resume", "paths", "run_dir", "name")
+FREE = (
+    "trainer",
+    "callbacks",
+    "logger",
+    "resume",
+    "recompute",
+    "max_skipped",
+    "paths",
+    "run_dir",
+    "name",
+    "plan",
+)
 FREE_DATA = ("num_workers", "accumulate", "max_bad_fraction")
 
 
@@ -20,32 +39,85 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 
 
-def open_folder(folder: Path, cfg: DictConfig) -> Path | None:
-    """Freeze `cfg` in the folder at first start; return the checkpoint to go on from, if any.
+def say_briefly(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """For `sys.excepthook`: what is wrong with a command or a config, once, and no traceback."""
+    if not isinstance(error, (Refused, HydraException, OmegaConfBaseException)):
+        sys.__excepthook__(kind, error, trace)  # pyright: ignore[reportArgumentType]
+    elif not int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))):
+        print(f"mofo: {error}", file=sys.stderr, flush=True)
 
-    ValueError if the folder holds a run whose configuration differs in what shapes its numbers.
+
+def of_job(environ: Mapping[str, str] = os.environ) -> DictConfig | None:
+    """What this SLURM job froze when it first started: once requeued, it composes nothing anew.
+
+    The configs of the working tree may have changed since, and its command line is in there.
     """
-    frozen = folder / "config.yaml"
-    checkpoint = newest(folder / "checkpoints") if cfg.resume == "last" else cfg.resume
-    if frozen.exists():
-        differences = _differences(OmegaConf.load(frozen), cfg)
-        if differences:
-            listed = "\n  ".join(differences[:10])
-            raise ValueError(
-                f"{folder} holds a run with another configuration:\n  {listed}\n"
-                f"give this one its own name (name=...), or remove {folder}"
-            )
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
-        folder.mkdir(parents=True, exist_ok=True)
+    frozen = Path(environ.get("MOFO_RUN_LINK", "")) / FROZEN
+    if environ.get("SLURM_RESTART_COUNT", "0") == "0" or "MOFO_RUN_LINK" not in environ:
+        return None
+    if not frozen.exists():  # the first start did not come that far
+        return None
+    cfg = OmegaConf.load(frozen)
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+@contextmanager
+def opened(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Attempt | None]:
+    """The run folder with `cfg` frozen in it, held by rank 0, which gets its attempt.
+
+    Refused if it holds a run whose configuration differs in what shapes its numbers, or if a
+    live process holds it.
+    """
+    frozen = folder / FROZEN
+    if frozen.exists() and (differing := differences(shaping(folder), _flat(cfg))):
+        listed = "\n  ".join(differing[:10])
+        raise Refused(
+            f"{folder} holds a run with another configuration:\n  {listed}\n"
+            f"give this one its own name (name=...), or remove {folder}"
+        )
+    if rank:
+        yield None
+        return
+    attempt = attempts.take(folder)
+    try:
         with replacing(frozen) as partial:
             OmegaConf.save(cfg, partial, resolve=True)
-    return checkpoint
+        _link(folder)
+        yield attempt
+    except SystemExit:
+        attempt.end("was preempted")
+        raise
+    except (ValueError, FloatingPointError):  # another attempt would end in the same
+        attempt.end("ended in an error that does not go away by itself")
+        raise
+    except BaseException as error:
+        attempt.die(f"{type(error).__name__}: {error}")
+        raise
+    attempt.end("finished")
 
 
-def _differences(old, new) -> list[str]:
-    olds, news = _flat(old), _flat(new)
+def _link(folder: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the batch script which folder its job runs in."""
+    if link := environ.get("MOFO_RUN_LINK"):
+        partial = Path(f"{link}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(folder.absolute())
+        partial.replace(link)
+
+
+def shaping(folder: Path) -> dict[str, Any]:
+    """What shapes the numbers of a run, key by key, as frozen in its folder; {} before it is."""
+    frozen = folder / FROZEN
+    return _flat(OmegaConf.load(frozen)) if frozen.exists() else {}
+
+
+def differences(olds: Mapping[str, Any], news: Mapping[str, Any]) -> list[str]:
+    """The keys in which two such configurations differ, and how."""
     names = sorted(set(olds) | set(news))
     return [
         f"{name}: {olds.get(name, 'absent')} there, {news.get(name, 'absent')} here"
@@ -54,10 +126,10 @@ def _differences(old, new) -> list[str]:
     ]
 
 
-def _flat(cfg) -> dict[str, object]:
+def _flat(cfg) -> dict[str, Any]:
     values = OmegaConf.to_container(cfg, resolve=True)
     free = {(key,) for key in FREE} | {("data", key) for key in FREE_DATA}
-    out: dict[str, object] = {}
+    out: dict[str, Any] = {}
 
     def walk(value, path: tuple[str, ...]) -> None:
         if path in free:

@@ -4,11 +4,14 @@ import itertools
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +294,22 @@ def test_a_training_set_can_be_sent_to_a_spawned_worker(folder: Path) -> None:
     again = pickle.loads(pickle.dumps(rows))
     assert torch.equal(again[7].pixels, rows[7].pixels)
     assert again[7].key == rows[7].key
+
+
+def test_a_rank_that_multiprocessing_started_ends_with_its_workers(folder: Path) -> None:
+    # Nothing closes what it reads from: at its end its workers must obey, though they ignore jobs.
+    def read() -> None:
+        kept["batches"] = iter(steps(module(folder, num_workers=1)))
+        next(kept["batches"])
+
+    kept: dict[str, Iterator[Batch]] = {}
+    rank = get_context("fork").Process(target=read)
+    rank.start()
+    rank.join(60)
+    ended = rank.exitcode
+    if ended is None:
+        os.kill(rank.pid, signal.SIGKILL)
+    assert ended == 0
 
 
 # Damage.

@@ -7,7 +7,6 @@ replaced by the next good one of the same epoch of its source. Damage is counted
 when there is too much of it; what the gates reject is counted and logged.
 """
 
-import atexit
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing import Event
 from multiprocessing.synchronize import Event as EventType
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import numpy as np
@@ -241,7 +241,8 @@ class Steps:
 
     def __iter__(self) -> Iterator[Batch]:
         leaving = Event()
-        atexit.register(leaving.set)
+        # Before Python ends its children; atexit would not run in a process of multiprocessing.
+        leave = Finalize(None, leaving.set, exitpriority=0)
         loader = DataLoader(
             self.rows,
             batch_sampler=self._positions(self.start()),
@@ -264,6 +265,7 @@ class Steps:
         finally:
             # The last reference to this ends the workers, so no traceback may hold one: the
             # collector of cycles closes their queues first, and they would never be told.
+            leave()
             del parts
         raise ValueError(failure)
 

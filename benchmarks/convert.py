@@ -64,7 +64,7 @@ def main() -> None:
     )
     print(text)
     if not args.dry:
-        made_by = origin({})
+        made_by = origin()
         with Path("benchmarks/RESULTS.md").open("a") as results:
             results.write("\n## Converting data sets\n\n")
             results.write(f"`{made_by.command}`, commit {made_by.commit}, {made_by.machine}\n\n")

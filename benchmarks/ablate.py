@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mofo.evaluation.run import origin, read_lines
+from mofo.evaluation.lines import read_lines
+from mofo.evaluation.pictures import main_metric
+from mofo.evaluation.run import origin
 
 STEPS, BATCH = 120, 16
 # A step with the teacher takes about this much longer; the demo's two runs measured 1.14.
@@ -55,7 +57,7 @@ def main() -> None:
     )
     text = table(args.seeds)
     print(text)
-    made_by = origin({})
+    made_by = origin()
     with Path("benchmarks/RESULTS.md").open("a") as results:
         results.write("\n## Ablation of the objective\n\n`python benchmarks/ablate.py`, ")
         results.write(f"commit {made_by.commit}, {made_by.machine}\n\n{text}\n")
@@ -68,14 +70,14 @@ def start(*command: str) -> None:
 
 def table(num_seeds: int) -> str:
     """Mean and standard deviation over seeds, of means over images."""
-    lines = [line for line in read_lines("runs/eval/ablate") if "scenes" in line["benchmark"]]
+    lines = [line for line in read_lines("runs/eval/ablate") if "scenes" in line["set"]]
     rows = ["| variant | AbsRel | delta1 |", "|---|---|---|"]
     for variant in VARIANTS:
         scores = []
         for seed in range(num_seeds):
             own = [line for line in lines if line["predictor"] == f"{variant} {seed}"]
             scores.append(
-                [np.mean([line["metrics"][k] for line in own]) for k in ("absrel", "delta1")]
+                [np.mean([main_metric(line, k) for line in own]) for k in ("absrel", "delta1")]
             )
         (absrel, delta), (absrel_spread, delta_spread) = np.mean(scores, 0), np.std(scores, 0)
         rows.append(

@@ -71,7 +71,7 @@ def main() -> None:
         lines = table(folder, args.kills, np.random.default_rng(args.seed))
     print(lines)
     if not args.dry:
-        made_by = origin({})
+        made_by = origin()
         with Path("benchmarks/RESULTS.md").open("a") as results:
             results.write("\n## Killed loading continues exactly\n\n")
             results.write(f"`{made_by.command}`, commit {made_by.commit}, {made_by.machine}\n\n")

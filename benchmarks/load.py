@@ -1,8 +1,8 @@
 """How fast training data is read: `python benchmarks/load.py`, 3 minutes.
 
 Samples of 512x512 from JPEG of 1280x960 and points, by the loader and by a bare loop that decodes,
-crops, resizes, draws the points, fills what was not measured and stacks, in as many processes on
-the same cores, in turn. Also what a worker holds in memory, and how long an epoch over 10,000
+crops, resizes, draws the points and stacks, in as many processes on the same cores, in turn; both
+end with images as floats. Also what a worker holds in memory, and how long an epoch over 10,000
 shards takes to begin. Appends a table to benchmarks/RESULTS.md.
 """
 
@@ -26,7 +26,6 @@ from mofo.data.module import DataModule
 from mofo.data.sample import Sample, decode_image, rasterise
 from mofo.data.shards import FORMAT, MANIFEST
 from mofo.data.write import write
-from mofo.depth import fill_nearest
 from mofo.evaluation.run import origin
 
 BATCH, SIDE, CROP = 16, 512, 960
@@ -51,7 +50,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if not args.dry:
-        made_by = origin({})
+        made_by = origin()
         with Path("benchmarks/RESULTS.md").open("a") as results:
             results.write("\n## Reading training data\n\n")
             results.write(f"`{made_by.command}`, commit {made_by.commit}, {made_by.machine}\n\n")
@@ -61,8 +60,7 @@ def main() -> None:
 def compare(folder: Path, files: list[Path], args: argparse.Namespace) -> list[str]:
     """Rates of both ways, the median over rounds, and the memory of the workers."""
     ways: dict[str, Callable[[], tuple[float, int]]] = {
-        "bare loop": lambda: bare(files, args, fills=True),
-        "bare loop, nothing filled": lambda: bare(files, args, fills=False),
+        "bare loop": lambda: bare(files, args),
         "loader": lambda: loaded(folder, args),
     }
     rates, memory = {name: [] for name in ways}, 0
@@ -102,20 +100,21 @@ def loaded(folder: Path, args: argparse.Namespace) -> tuple[float, int]:
     # What was prepared before the clock starts is as much as is left over at its end.
     list(itertools.islice(batches, 2 * args.workers))
     start = time.monotonic()
-    list(itertools.islice(batches, args.batches))
+    for batch in itertools.islice(batches, args.batches):
+        assert batch.image.dtype == torch.float32
     rate = args.batches * BATCH / (time.monotonic() - start)
     held = max((resident(child.pid) for child in multiprocessing.active_children()), default=0)
     batches.close()
     return rate, held
 
 
-def bare(files: list[Path], args: argparse.Namespace, *, fills: bool) -> tuple[float, int]:
+def bare(files: list[Path], args: argparse.Namespace) -> tuple[float, int]:
     """Samples a second of loops that do only what must be done."""
     context = multiprocessing.get_context("fork")
     ready = context.Barrier(args.workers + 1)
     count = args.batches // args.workers
     loops = [
-        context.Process(target=loop, args=(files, count, rank, ready, fills))
+        context.Process(target=loop, args=(files, count, rank, ready))
         for rank in range(args.workers)
     ]
     for process in loops:
@@ -127,7 +126,7 @@ def bare(files: list[Path], args: argparse.Namespace, *, fills: bool) -> tuple[f
     return count * args.workers * BATCH / (time.monotonic() - start), 0
 
 
-def loop(files: list[Path], count: int, rank: int, ready, fills: bool) -> None:
+def loop(files: list[Path], count: int, rank: int, ready) -> None:
     rng = np.random.default_rng(rank)
     ready.wait()
     for _ in range(count):
@@ -140,7 +139,7 @@ def loop(files: list[Path], count: int, rank: int, ready, fills: bool) -> None:
             points = np.fromfile(files[number].with_suffix(".bin"), "<f4").reshape(-1, 3)
             points = (points - np.float32([left, 0, 0])) * np.float32([SIDE / CROP] * 2 + [1])
             metres, valid = rasterise(points, (SIDE, SIDE))
-            maps.append(fill_nearest(metres, valid) if fills else metres)
+            maps.append(metres)
             masks.append(valid)
         image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         image = image.to(torch.float32, memory_format=torch.contiguous_format)

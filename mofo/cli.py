@@ -1,10 +1,11 @@
-"""The `mofo` command: the three modes on files, training runs to releases, data sets.
+"""The `mofo` command: the three modes on files, training runs to releases, data sets, reports.
 
     mofo joint --prompt "a cozy sunlit kitchen with wooden cabinets"
     mofo i2d --image photos/
     mofo d2i --depth depth.png --prompt "a shelf of books"
     mofo demo
     mofo export runs/small --out release
+    mofo report runs/eval/small
 
 The package is imported inside the subcommands, so that `mofo --help` answers at once.
 """
@@ -144,6 +145,19 @@ def caption(args: argparse.Namespace) -> int:
     return 2 if written.damaged else 0
 
 
+def report(args: argparse.Namespace) -> int:
+    from mofo.evaluation.report import report
+
+    out = args.out
+    if out is None and len(args.runs) > 1:
+        out = _run_folder(Path("outputs"), args.mode)
+    for run in args.runs:
+        if not run.is_dir():
+            raise ValueError(f"{run} is no folder; give folders that evaluate.py wrote")
+    print(report(*args.runs, out=out, title=args.title))
+    return 0
+
+
 def find(patterns: Iterable[str], suffixes: tuple[str, ...]) -> list[Path]:
     """Files named one by one, by folder (those with one of `suffixes`) or by pattern, in order."""
     found: list[Path] = []
@@ -173,6 +187,7 @@ ACTIONS = {
     "convert": convert,
     "inspect": inspect,
     "caption": caption,
+    "report": report,
 }
 
 

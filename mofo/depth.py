@@ -1,6 +1,6 @@
 """`DepthCodec`: metres <-> unit mean <-> contracted <-> patch tokens, with validity.
 
-Below it, what is done to whole maps: `fill_nearest`, `resample`, `merge`.
+Below it, what is done to whole maps: `fill_nearest`, `fill_batch`, `resample`, `merge`.
 
     r = d / mean(d over valid)      z = r if r <= 1 else 2 - 1/r      token = scale * z, patchified
 
@@ -27,6 +27,7 @@ EDGE = 1e-3
 # 0.4 it leaves the fewest pixels wrong by over 4 % (3.9 % at 64, against 4.8 % of nearest pixel).
 SURFACE = 0.1
 BAND = 2**16  # pixels resampled at a time: what a processor's cache holds
+ROWS = 64  # of maps whose columns are compared at a time: 130 MB of a width of 512
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
 
 
@@ -102,7 +103,46 @@ def fill_nearest(
         return metres
     nearest = distance_transform_edt(~valid, return_distances=False, return_indices=True)
     rows, columns = np.asarray(nearest)
-    return metres[rows, columns]
+    return metres.ravel().take(rows * np.int32(metres.shape[1]) + columns)
+
+
+def fill_batch(
+    metres: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]
+) -> Float[Tensor, "b h w"]:
+    """`fill_nearest` of each map, on the device that it is on.
+
+    Of pixels equally near, a GPU may take another than the CPU does.
+    """
+    if metres.device.type != "cpu":
+        return _fill_separably(metres, valid)
+    pairs = zip(metres.numpy(), valid.numpy(), strict=True)
+    return torch.from_numpy(np.stack([fill_nearest(*pair) for pair in pairs]))
+
+
+def _fill_separably(
+    metres: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]
+) -> Float[Tensor, "b h w"]:
+    """The nearest in each column first, then along each row the best of the columns.
+
+    That is h w^2 comparisons, which a GPU makes faster than it would branch.
+    """
+    h, w = metres.shape[1:]
+    far = 2 * (h + w)  # farther than anything measured: of a column without any
+    row = torch.arange(h, device=metres.device)[:, None]
+    above = torch.where(valid, row, -far).cummax(1).values
+    below = torch.where(valid, row, h + far).flip(1).cummin(1).values.flip(1)
+    nearest = torch.where(row - above <= below - row, above, below)
+    squared = (nearest - row).square()[..., None]
+    column = torch.arange(w, device=metres.device)
+    across = (column[:, None] - column).square()
+    best = []
+    for rows in squared.flatten(0, 1).split(ROWS):
+        # The column rides in the low digits, so that ties go to the first on every device.
+        best.append(((rows.mT + across) * w + column).amin(2) % w)
+    taken = torch.cat(best).view_as(nearest)
+    source = nearest.gather(2, taken).clamp(0, h - 1) * w + taken
+    filled = metres.flatten(1).gather(1, source.flatten(1)).view_as(metres)
+    return torch.where(valid.any(2).any(1)[:, None, None], filled, 1)
 
 
 class _Positions(NamedTuple):

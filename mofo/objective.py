@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mofo import flow
+from mofo.depth import fill_batch
 from mofo.flow import SampleStreams
 from mofo.schedule import LogitNormal, Uniform
 
@@ -76,20 +77,21 @@ class Objective:
         t_depth = torch.where(mode >= 1 - self.d2i_probability, 0, t_depth)
         return t_image, t_depth
 
+    def filled(
+        self, metres: Float[Tensor, "b h w"], valid: Bool[Tensor, "b h w"]
+    ) -> Float[Tensor, "b h w"]:
+        """Depth to encode: unmeasured pixels take the nearest measured depth, or 0, which the codec
+        reads as the mean."""
+        return fill_batch(metres, valid) if self.fill == "nearest" else metres.where(valid, 0)
+
     def corrupt_depth(
         self,
         depth: Float[Tensor, "b l c"],
         valid: Bool[Tensor, "b l c"],
         t_depth: Float[Tensor, "b"],
-        mean: float,
         rng: SampleStreams,
     ) -> Float[Tensor, "b l c"]:
-        """Noisy depth tokens; unmeasured entries, which never enter the loss, as `fill` says.
-
-        `depth` comes filled by nearest measured pixels; `mean` is the token of mean depth.
-        """
-        if self.fill == "mean":
-            depth = torch.where(valid, depth, mean)
+        """Noisy depth tokens; unmeasured entries, which never enter the loss, as `fill` says."""
         depth_t, v = flow.corrupt(depth, t_depth, rng)
         return torch.where(valid, depth_t, v + depth) if self.fill == "noise" else depth_t
 

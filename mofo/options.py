@@ -32,6 +32,18 @@ depth_magma.png (near is bright), cloud.glb and cloud.ply, metadata.json (all th
 again). Of several inputs or samples each has a folder of its own in it.
 `mofo MODE --help` lists the options of a mode."""
 
+REPORT = """\
+The report of one evaluation run, or of several beside each other, from their lines alone:
+
+  mofo report runs/eval/mine                            again, into the run's folder
+  mofo report runs/eval/mine runs/eval/other --out both
+
+Written are report.html (tables, published numbers of the same protocol, plots, pictures),
+report.md, report.tex (booktabs), report.csv (a row for each number) and report.json; the tables
+are printed.
+A mean is over images and has a 95 % bootstrap interval. Two predictors are compared image by image
+where protocol, set, list of images and fit are the same; where not, the report says why."""
+
 
 def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
@@ -115,6 +127,19 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     about = "the file to write (default: captions.jsonl in the set's folder, where training looks)"
     mode.add_argument("--overlay", type=Path, help=about)
     mode.set_defaults(run=run["caption"])
+
+    mode = add(
+        "report",
+        help="tables and a page of evaluation runs",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    about = "folders that evaluate.py wrote, such as runs/eval/small"
+    mode.add_argument("runs", metavar="RUN", nargs="+", type=Path, help=about)
+    about = "the folder to write (default: RUN itself, or outputs/TIME-report for several)"
+    mode.add_argument("--out", type=Path, help=about)
+    mode.add_argument("--title", default="Depth evaluation", help="(default: %(default)s)")
+    mode.set_defaults(run=run["report"])
     return top
 
 

@@ -76,7 +76,7 @@ def enlarge(image: Picture, factor: int) -> UInt8[np.ndarray, "hf wf 3"]:
 
 
 def grid(
-    rows: Sequence[Sequence[Picture]],
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_ _ 3"]]],
     labels: Sequence[str] = (),
     *,
     gap: int = 4,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_lines import lines_of, write_run
 from PIL import Image
 from tiny import save_release
 
@@ -280,6 +281,27 @@ def test_every_plan_makes_the_same_and_says_what_it_needs(
     first, second = (np.load(only(tmp_path / x) / "depth_raw.npy") for x in ("first", plan))
     assert (first == second).all()
     assert json.loads((only(tmp_path / plan) / "metadata.json").read_text())["plan"] == plan
+
+
+def test_report_of_one_run_or_of_several(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = write_run(tmp_path / "first", lines_of(num=5))
+    second = write_run(tmp_path / "second", lines_of(num=5, seed=1))
+    assert main(["report", str(first), "--title", "Mine"]) == 0
+    assert "<h1>Mine</h1>" in (first / "report.html").read_text()
+    assert "AbsRel" in capsys.readouterr().out
+    assert main(["report", str(first), str(second)]) == 0
+    folder = only(tmp_path / "outputs")
+    assert folder.name.endswith("-report")
+    said = capsys.readouterr().out
+    assert str(folder.relative_to(tmp_path) / "report.html") in said
+    assert "mofo (first) − mofo (second)" in said
+    assert main(["report", str(first), str(second), "--out", str(tmp_path / "both")]) == 0
+    names = {f"report.{suffix}" for suffix in ("html", "md", "tex", "csv", "json")}
+    assert names == {path.name for path in (tmp_path / "both").iterdir()}
+    (tmp_path / "empty").mkdir()
+    assert "has no lines to report on" in refused(capsys, ["report", tmp_path / "empty"])
+    assert "is no folder" in refused(capsys, ["report", tmp_path / "nothing"])
 
 
 def test_every_option_has_a_help_text() -> None:

@@ -13,8 +13,10 @@ from mofo.depth import (
     EDGE,
     SURFACE,
     DepthCodec,
+    _fill_separably,
     contract,
     expand,
+    fill_batch,
     fill_nearest,
     merge,
     resample,
@@ -149,6 +151,25 @@ def test_fill_of_nothing_measured_is_one_and_of_everything_is_itself() -> None:
     metres = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert (fill_nearest(metres, np.zeros((2, 3), bool)) == 1).all()
     assert (fill_nearest(metres, np.ones((2, 3), bool)) == metres).all()
+
+
+@pytest.mark.parametrize(("h", "w"), [(9, 13), (200, 70), (1, 5), (6, 1)])
+def test_the_fill_for_gpus_takes_a_pixel_that_is_as_near(h: int, w: int) -> None:
+    generator = torch.Generator().manual_seed(h)
+    # Depth tells where it came from; a map densely measured, a sparse one, one empty, one full.
+    metres = (torch.arange(h * w, dtype=torch.float64) + 1).view(1, h, w).repeat(4, 1, 1)
+    drawn = torch.rand(4, h, w, generator=generator)
+    valid = drawn < torch.tensor([0.4, 2 / (h * w), -1.0, 2.0])[:, None, None]
+    filled = [_fill_separably(metres, valid), fill_batch(metres, valid)]
+    row, column = np.indices((h, w))
+    for number in range(4):
+        if not valid[number].any():
+            assert all((one[number] == 1).all() for one in filled)
+            continue
+        sources = [one[number].numpy().astype(int) - 1 for one in filled]
+        assert all(valid[number].flatten()[torch.from_numpy(s)].all() for s in sources)
+        distances = [(s // w - row) ** 2 + (s % w - column) ** 2 for s in sources]
+        assert (distances[0] == distances[1]).all()
 
 
 def plane(size: tuple[int, int], *, of: tuple[int, int]) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from made_lines import lines_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
 from tiny import CONFIG, SIZE, network, save_release
@@ -18,11 +19,7 @@ from mofo import __version__
 from mofo.cli import ACTIONS, main
 from mofo.data.sample import Sample
 from mofo.data.write import write
-from mofo.evaluation.benchmark import Row
-from mofo.evaluation.predictors import constant
 from mofo.evaluation.report import report
-from mofo.evaluation.run import Origin
-from mofo.evaluation.run import run as evaluate
 from mofo.model import weights
 from mofo.options import parser
 from mofo.pipeline import Mofo
@@ -97,14 +94,11 @@ def refused(capsys, argv: list) -> str:
     return said
 
 
-def score(run: Path, folder: Path, hashes: dict[str, str]) -> None:
+def score(folder: Path, hashes: dict[str, str]) -> None:
     """Write a report into `folder` of what the names of `hashes` predict, and of a baseline."""
-    rows = [SAMPLE, replace(SAMPLE, key="c")]
-    judged = dict.fromkeys([*hashes, "constant"], constant)
-    origin = Origin(command="python evaluate.py", commit="abc", machine="one core", weights=hashes)
-    row = Row(name="walls", about="Two grey walls.")
-    evaluate(judged, rows, row=row, folder=folder, batch_size=2, origin=origin)
-    report(folder)
+    judged = {**hashes, "constant": None}
+    lines = [lines_of(name, num=2, weights=weights) for name, weights in judged.items()]
+    report(write_run(folder, *lines))
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("ema", 2), ("raw", 1)])
@@ -223,9 +217,9 @@ def test_numbers_stand_beside_their_protocol_and_only_those_of_these_weights(
 ) -> None:
     export(run, tmp_path / "out", num_samples=0)
     ours = weights.digest(tmp_path / "out")
-    score(run, run.parent / "eval" / "any", {"mine": ours, "stranger": "0" * 16})
+    score(run.parent / "eval" / "any", {"mine": ours, "stranger": "0" * 16})
     text = card_of(run, tmp_path / "again")
-    assert "least-squares scale and shift, native size" in text
+    assert "marigold@1, least-squares scale and shift, clipped to 0.001–10; list d9a47a15" in text
     assert "Command `python evaluate.py`, commit abc, on one core." in text
     rows = {line.split()[0]: line for line in text.split("```text")[1].splitlines() if line}
     assert {"tiny", "constant"} <= rows.keys()
@@ -238,7 +232,7 @@ def test_numbers_of_a_runs_own_export_are_those_of_its_rounded_weights(
     run: Path, tmp_path: Path
 ) -> None:
     export(run, run / "export", dtype=torch.float32, num_samples=0)
-    score(run, run, {"mine": (whole := weights.digest(run / "export"))})
+    score(run, {"mine": (whole := weights.digest(run / "export"))})
     assert f"Measured on weights {whole}" in card_of(run, tmp_path / "rounded")
     export(run, tmp_path / "raw", averaged=False, dtype=torch.float32, num_samples=0)
     (tmp_path / "raw" / "model.safetensors").replace(run / "export" / "model.safetensors")

@@ -17,17 +17,18 @@ ROOT = Path(__file__).parents[1]
 
 # A part is a module of mofo/ or one of its sub-packages.
 LEVELS = {
-    0: {"flow", "schedule", "depth", "geometry", "metrics", "picture"},
+    0: {"flow", "schedule", "depth", "geometry", "alignment", "metrics", "picture"},
     1: {"model"},
     2: {"frozen", "memory", "objective", "sampler", "result", "data"},
     3: {"calls", "pipeline", "evaluation"},
     4: {"training"},
     5: {"cli", "options", "demo"},
 }
-# The imports inside one level: a schedule draws from flow's streams of randomness, evaluation runs
-# the pipeline, the command line starts the page.
+# The imports inside one level: a schedule draws from flow's streams of randomness, metrics are
+# of aligned depth, evaluation runs the pipeline, the command line starts the page.
 PEERS = {
     ("schedule", "flow"),
+    ("metrics", "alignment"),
     ("pipeline", "calls"),
     ("evaluation", "pipeline"),
     ("cli", "options"),
@@ -65,8 +66,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pyarrow": ("mofo/data/",),
     "fsspec": ("mofo/data/",),
     "webdataset": (),
-    "h5py": ("mofo/data/convert/",),
-    "scipy.io": ("mofo/data/convert/",),
+    "h5py": ("mofo/data/convert/", "mofo/evaluation/sets/"),
+    "scipy.io": ("mofo/data/convert/", "mofo/evaluation/sets/"),
     "scipy": LEVEL_0,
     "gradio": ("mofo/demo/",),
     "OpenEXR": ("mofo/data/inputs.py", "mofo/data/convert/rgbd_folder.py"),

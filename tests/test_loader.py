@@ -159,7 +159,7 @@ def test_bucketed_rows_can_be_sent_to_a_spawned_worker(sets: Path) -> None:
     rows = exact_data.module(sets, workers=0).train_dataloader().rows
     again = pickle.loads(pickle.dumps(rows))
     assert rows[5].key == again[5].key
-    assert torch.equal(rows[5].image, again[5].image)
+    assert torch.equal(rows[5].pixels, again[5].pixels)
 
 
 # What a sample becomes.

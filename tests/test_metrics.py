@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mofo.metrics import METRICS, grid_sample, score
+from mofo.alignment import grid_sample
+from mofo.metrics import METRICS, boundary_f1, compare, score
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "eval_golden_public.npz")
 CASES = [str(name) for name in GOLDEN["case_names"]]
@@ -38,7 +39,7 @@ def golden(case: str) -> tuple[tuple[np.ndarray, ...], dict, dict]:
 def test_clipped_least_squares_equals_marigold(case, method, alignment, rtol) -> None:
     arrays, meta, reference = golden(case)
     got = score(*arrays, alignment, meta["min_depth"], meta["max_depth"])
-    compare(got, reference[method], MARIGOLD, method, meta, rtol)
+    agree(got, reference[method], MARIGOLD, method, meta, rtol)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,7 +49,7 @@ def test_disparity_fit_equals_marigold(case) -> None:
         pred = pred.astype(np.float64)
         pred = np.where(pred > 0, 1 / np.where(pred > 0, pred, 1), 0)
     got = score(pred, gt, mask, "disparity", meta["min_depth"], meta["max_depth"])
-    compare(got, reference["mg_lsq_disp"], MARIGOLD, "mg_lsq_disp", meta, 1e-6)
+    agree(got, reference["mg_lsq_disp"], MARIGOLD, "mg_lsq_disp", meta, 1e-6)
 
 
 @pytest.mark.parametrize("case", DEPTH_CASES)
@@ -59,26 +60,18 @@ def test_median_scale_equals_the_reference(case) -> None:
     if case.startswith("p08"):  # the reference's deltas count negative predictions as correct
         for name in ("d1", "d2", "d3"):
             assert got[UNIDEPTH[name]] <= expected.pop(name)
-    compare(got, expected, UNIDEPTH, "np_median", meta, 1e-6)
+    agree(got, expected, UNIDEPTH, "np_median", meta, 1e-6)
     if "np_median/silog" not in meta["unstable"]:  # there with n - 1 in the denominator
         unbiased = np.sqrt(got["num_valid"] / (got["num_valid"] - 1))
         assert got["silog"] * unbiased == pytest.approx(expected["silog"], rel=1e-6)
 
 
-def compare(got, reference, names, method, meta, rtol) -> None:
+def agree(got, reference, names, method, meta, rtol) -> None:
     for theirs, ours in names.items():
         if theirs in reference and f"{method}/{theirs}" not in meta["unstable"]:
             # The reference averages its deltas in float32.
             atol = 1e-7 if ours.startswith("delta") else 1e-12
             assert got[ours] == pytest.approx(reference[theirs], rel=rtol, abs=atol), ours
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_sampling_grid_equals_moge(case) -> None:
-    index, covered = grid_sample(GOLDEN[f"{case}/mask"], 64)
-    expected = GOLDEN[f"{case}/lr_mask"]
-    assert (covered == expected).all()
-    assert (index[expected] == GOLDEN[f"{case}/lr_flat_index"][expected]).all()
 
 
 @pytest.mark.parametrize("case", DEPTH_CASES)
@@ -108,6 +101,71 @@ def test_metrics_by_hand_on_four_pixels() -> None:
     assert (got["num_valid"], got["scale"], got["shift"]) == (4, 1, 0)
     assert set(got) == {*METRICS, "num_valid", "scale", "shift"}
     assert all(type(value) is float for value in got.values())
+
+
+def test_eps_and_negatives_are_as_a_reference_has_them_only_when_asked() -> None:
+    p, d = np.array([-1.0, 1.0]), np.array([1.0, 1.0])
+    plain, asked = compare(p, d), compare(p, d, eps=1.0, negatives_pass=True)
+    assert (plain["delta1"], asked["delta1"]) == (0.5, 1.0)
+    assert (plain["absrel"], asked["absrel"]) == (1.0, 0.5)
+    assert plain["rmse"] == asked["rmse"]
+
+
+def test_metrics_of_many_pixels_equal_the_plain_formulas() -> None:
+    rng = np.random.default_rng(0)
+    d = rng.uniform(0.5, 80, 50_000)
+    p = 1e3 * d * rng.lognormal(0, 0.01, d.size)
+    got, e = compare(p, d), np.log(p) - np.log(d)
+    assert got["absrel"] == pytest.approx(np.mean(np.abs(p - d) / d), rel=1e-12)
+    assert got["rmse"] == pytest.approx(np.sqrt(np.mean((p - d) ** 2)), rel=1e-12)
+    assert got["silog"] == pytest.approx(100 * np.std(e), rel=1e-11)
+    assert got["i_rmse"] == pytest.approx(np.sqrt(np.mean((1 / p - 1 / d) ** 2)), rel=1e-12)
+    assert compare(7 * d, d)["silog"] == pytest.approx(0, abs=1e-12)
+
+
+def edges(pred, depth, valid, radius) -> float:
+    """MoGe's boundary F1, pair by pair."""
+    h, w = depth.shape
+    disc = [
+        (dy, dx)
+        for dy, dx in np.ndindex(2 * radius + 1, 2 * radius + 1)
+        if (dy - radius) ** 2 + (dx - radius) ** 2 <= radius**2
+    ]
+    total = 0.0
+    thresholds = np.linspace(0.05, 0.25, 10)
+    for t in thresholds:
+        found = []
+        for y, x in np.ndindex(h - 2 * radius, w - 2 * radius):
+            centre = y + radius, x + radius
+            for dy, dx in disc:
+                other = y + dy, x + dx
+                if valid[centre] and valid[other]:
+                    found.append([a[other] / a[centre] > 1 + t for a in (pred, depth)])
+        both, num_pred, num_true = (
+            sum(map(all, found)), sum(p for p, _ in found), sum(d for _, d in found),
+        )  # fmt: skip
+        total += t * 2 * both / max(num_pred + num_true, 1)
+    return total / thresholds.sum()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_boundary_f1_equals_its_definition_pair_by_pair(seed) -> None:
+    rng = np.random.default_rng(seed)
+    depth = rng.choice([1.0, 1.1, 1.2, 2.0], (9, 11))
+    pred = depth * rng.lognormal(0, 0.05, depth.shape)
+    pred[2, 3] = [0.0, -1.0, 1.0, 5.0][seed]
+    valid = rng.random(depth.shape) < 0.8
+    with np.errstate(divide="ignore"):
+        expected = {radius: edges(pred, depth, valid, radius) for radius in (1, 2, 3)}
+    assert boundary_f1(pred, depth, valid) == pytest.approx(expected, abs=1e-12)
+    assert boundary_f1(depth, depth, valid)[1] == 1
+
+
+def test_boundary_f1_is_zero_without_edges_or_room_for_a_disc() -> None:
+    flat, valid = np.ones((8, 8)), np.ones((8, 8), bool)
+    assert boundary_f1(flat, flat, valid) == {1: 0, 2: 0, 3: 0}
+    steps = np.array([[1.0, 2.0], [1.0, 2.0]])
+    assert boundary_f1(steps, steps, np.ones((2, 2), bool)) == {1: 0, 2: 0, 3: 0}
 
 
 def planted() -> tuple[np.ndarray, np.ndarray]:

@@ -173,17 +173,19 @@ def test_times_of_a_sample_do_not_depend_on_its_batch() -> None:
 
 @pytest.mark.parametrize("fill", FILLS)
 def test_fill_decides_what_stands_where_nothing_was_measured(fill: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    depth, valid = torch.rand(3, 5, 4, generator=generator), torch.rand(3, 5, 4) > 0.5
+    objective = replace(OBJECTIVE, fill=fill)
+    metres = torch.tensor([[[2.0, 9.0, 9.0, 6.0]]]).expand(3, 1, 4)
+    valid = torch.tensor([[[True, False, False, True]]]).expand(3, 1, 4)
+    depth, measured = DepthCodec(patch_size=1).encode(objective.filled(metres, valid), valid)
     t = torch.tensor([0.0, 0.4, 1.0])
-    got = replace(OBJECTIVE, fill=fill).corrupt_depth(depth, valid, t, 2.0, streams(3))
-    noise = streams(3).normal((5, 4))
-    unmeasured = {
-        "nearest": flow.mix(depth, noise, t),
-        "mean": flow.mix(torch.full_like(depth, 2.0), noise, t),
-        "noise": noise,
-    }
-    expected = torch.where(valid, flow.mix(depth, noise, t), unmeasured[fill])
+    got = objective.corrupt_depth(depth, measured, t, streams(3))
+    noise = streams(3).normal((4, 1))
+    # Of unit mean and contracted: 2 m, 4 m (the mean) and 6 m become 0.5, 1 and 2 - 2/3.
+    seen = {"nearest": [0.5, 0.5, 4 / 3, 4 / 3], "mean": [0.5, 1, 1, 4 / 3]}
+    clean = torch.tensor(seen.get(fill, seen["mean"])).view(1, 4, 1).expand(3, 4, 1)
+    expected = flow.mix(clean, noise, t)
+    if fill == "noise":
+        expected = torch.where(measured, expected, noise)
     torch.testing.assert_close(got, expected)
 
 

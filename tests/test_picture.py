@@ -72,3 +72,8 @@ def test_impossible_grids_are_refused(rows, labels) -> None:
     pictures = [[np.zeros((2, 2, 3), np.uint8) for _ in row] for row in rows]
     with pytest.raises(ValueError, match="grid"):
         grid(pictures, labels)
+
+
+def test_a_grid_takes_pictures_of_different_sizes() -> None:
+    small, large = np.zeros((4, 6, 3), np.uint8), np.zeros((9, 5, 3), np.uint8)
+    assert grid([[small, large], [large]], gap=1).shape == (21, 15, 3)

@@ -7,7 +7,6 @@ replaced by the next good one of the same epoch of its source. Damage is counted
 when there is too much of it; what the gates reject is counted and logged.
 """
 
-import atexit
 import logging
 import os
 import signal
@@ -19,11 +18,11 @@ from functools import partial
 from itertools import islice
 from multiprocessing import Event
 from multiprocessing.synchronize import Event as EventType
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mofo.data import transforms
@@ -33,7 +32,6 @@ from mofo.data.order import Buckets, Mixture, Permutation, stream
 from mofo.data.sample import Batch, Sample
 from mofo.data.shards import DamagedSample, Shards
 from mofo.data.sparsity import PATTERNS
-from mofo.depth import fill_nearest
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +79,7 @@ class Source:
 class Row(NamedTuple):
     """What a worker makes of one position; `gate` rejected the sample whose turn it was, if any."""
 
-    image: torch.Tensor
+    pixels: torch.Tensor
     metres: torch.Tensor
     valid: torch.Tensor
     caption: str
@@ -142,10 +140,10 @@ class TrainingSet(Dataset[Row]):
         sample, gate, faults = self._read(name, self.orders[number], turn)
         rng = stream(self.seed, "transform", position)
         sample = self._transform(sample, self.sources[name], size, rng)
-        metres, valid = sample.depth or (np.ones(size, np.float32), np.zeros(size, bool))
+        metres, valid = sample.depth or (np.zeros(size, np.float32), np.zeros(size, bool))
         return Row(
-            image=torch.from_numpy(to_unit(sample.image)),
-            metres=torch.from_numpy(fill_nearest(metres, valid)),
+            pixels=torch.from_numpy(sample.image),
+            metres=torch.from_numpy(metres),
             valid=torch.from_numpy(valid),
             caption="".join(sample.captions),
             key=sample.key,
@@ -243,7 +241,8 @@ class Steps:
 
     def __iter__(self) -> Iterator[Batch]:
         leaving = Event()
-        atexit.register(leaving.set)
+        # Before Python ends its children; atexit would not run in a process of multiprocessing.
+        leave = Finalize(None, leaving.set, exitpriority=0)
         loader = DataLoader(
             self.rows,
             batch_sampler=self._positions(self.start()),
@@ -266,6 +265,7 @@ class Steps:
         finally:
             # The last reference to this ends the workers, so no traceback may hold one: the
             # collector of cycles closes their queues first, and they would never be told.
+            leave()
             del parts
         raise ValueError(failure)
 
@@ -292,12 +292,12 @@ class Steps:
 def collate(rows: Sequence[Row], *, patch: int) -> Part:
     """Rows of one micro-batch."""
     # In a worker this stacks right into the memory that it shares with the training process.
-    image, metres, valid = (
+    pixels, metres, valid = (
         default_collate([getattr(row, name) for row in rows])
-        for name in ("image", "metres", "valid")
+        for name in ("pixels", "metres", "valid")
     )
     batch = Batch(
-        image=image,
+        pixels=pixels,
         metres=metres,
         valid=valid,
         caption=[row.caption for row in rows],
@@ -308,14 +308,6 @@ def collate(rows: Sequence[Row], *, patch: int) -> Part:
     )
     faults = [fault for row in rows for fault in row.faults]
     return Part(batch, faults, [(row.source, row.gate) for row in rows])
-
-
-def to_unit(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "3 h w"]:
-    """Bytes as floats in [-1, 1], channels first."""
-    unit = np.empty((3, *image.shape[:2]), np.float32)
-    np.divide(image.transpose(2, 0, 1), np.float32(127.5), out=unit)
-    unit -= 1
-    return unit
 
 
 def ignore_job_signals(worker: int, *, leaving: EventType) -> None:

@@ -107,6 +107,14 @@ class Shards:
             reason = f"{type(error).__name__}: {error}"
             raise DamagedSample(os.path.basename(self.paths[shard]), str(key), reason) from error
 
+    def key(self, index: int) -> str:
+        """The key of a sample that is not read; shard and number where its index is damaged."""
+        shard, row = self._place(index)
+        try:
+            return str(self._indices[shard,].rows[row][0])
+        except DAMAGE:
+            return f"{os.path.basename(self.paths[shard])}#{row}"
+
     def shape(self, index: int) -> tuple[int, int] | None:
         """Height and width, upright, of an image that is not read; None if no sidecar says so."""
         shard, row = self._place(index)

@@ -35,18 +35,16 @@ def sparsify(
         raise ValueError(f"pattern is {pattern!r}, but must be one of {', '.join(PATTERNS)}")
     if not 0 < max_kept <= 1:
         raise ValueError(f"max_kept is {max_kept}, but must be in (0, 1]: a share of all pixels")
-    measured = np.flatnonzero(valid)
-    if not len(measured):
+    if not valid.any():
         return np.zeros_like(valid)
-    kept = np.flatnonzero(PATTERNS[pattern](image, metres, valid, rng))
-    if not len(kept):
-        kept = rng.choice(measured, 1)
-    most = max(int(max_kept * valid.size), 1)
-    if len(kept) > most:
-        kept = rng.choice(kept, most, replace=False)
-    mask = np.zeros(valid.shape, bool)
-    mask.flat[kept] = True
-    return mask
+    mask = PATTERNS[pattern](image, metres, valid, rng)
+    most, kept = max(int(max_kept * valid.size), 1), np.count_nonzero(mask)
+    if 0 < kept <= most:
+        return mask
+    measured = np.flatnonzero(mask if kept else valid)
+    chosen = np.zeros(valid.shape, bool)
+    chosen.flat[rng.choice(measured, most if kept else 1, replace=False)] = True
+    return chosen
 
 
 def dense(image: Image, metres: Metres, valid: Mask, rng: np.random.Generator) -> Mask:

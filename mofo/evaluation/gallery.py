@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from mofo.data.sample import Sample
-from mofo.evaluation.page import Section, curve
+from mofo.evaluation.page import Section
+from mofo.evaluation.plots import curve
 from mofo.geometry import intrinsics_from_fov, point_cloud, render
 from mofo.picture import Picture, depth_picture, enlarge, grid
 from mofo.pipeline import Mofo

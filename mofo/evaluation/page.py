@@ -5,149 +5,66 @@ import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
 
-from mofo.evaluation.run import MAX_SIDE, Line, chosen_keys, picture_folder
-from mofo.evaluation.tables import SHOWN, TITLES, Entry, Table, figures, notes
-from mofo.picture import MAGMA, Picture
+from mofo.evaluation import formats
+from mofo.evaluation.formats import Grid, Word
+from mofo.evaluation.lines import Line
+from mofo.evaluation.overview import Overview
+from mofo.evaluation.pictures import MAX_SIDE, chosen_keys, picture_folder, picture_paths
+from mofo.evaluation.plots import curve, distribution, scale_bar, strip
+from mofo.evaluation.tables import Entry, Table, short
+from mofo.picture import Picture
 
 # (title, HTML or pictures with a caption each, caption of the section)
 Section = tuple[str, str | Sequence[tuple[Picture, str]], str]
 
+STYLE = Path(__file__).with_name("page.css")
+MANY = 6  # sets, beyond which an overview is set in smaller type
+NUM_EXAMINED = 4  # predictors with pictures: of every set each costs about a megabyte
 SHARP = 128  # pictures up to this side are drawn with hard pixels: smoothing would invent detail
-MAX_DOTS = 300  # images drawn per strip
-MAX_POINTS = 400  # per line of a plot
-
-STYLE = """
-:root{--ink:#1c1e21;--soft:#666c75;--line:#e3e5e8;--paper:#fff;--card:#f7f8f9;--accent:#7b2d86;
---s0:#7b2d86;--s1:#e0643c;--s2:#2f7ebc;--s3:#4c9a5b;color-scheme:light dark}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e9eb;--soft:#9aa1ab;--line:#31353b;--paper:#15171a;
---card:#1d2024;--accent:#d98ae0;--s0:#d98ae0;--s1:#ff9a76;--s2:#7cc0f5;--s3:#8fd39c}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1080px;padding:2.5rem 1.5rem 4rem;background:var(--paper);
-color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",
-sans-serif}
-h1{font-size:1.9rem;line-height:1.2;letter-spacing:-.015em;margin:0 0 .3rem}
-h2{font-size:1.25rem;letter-spacing:-.01em;margin:3rem 0 .3rem}
-h3{font-size:.95rem;margin:1.8rem 0 .5rem}
-p{margin:.3rem 0;max-width:85ch}
-p.soft{max-width:none}
-.soft,figcaption,footer{color:var(--soft);font-size:.86rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));
-gap:.8rem;margin:1.6rem 0 0}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem}
-.tile b{display:block;font-size:1.7rem;font-weight:650;letter-spacing:-.02em;line-height:1.25;
-font-variant-numeric:tabular-nums}
-.tile span{color:var(--soft);font-size:.84rem;display:block;line-height:1.35}
-.scroll{overflow-x:auto;margin:.9rem 0 .5rem}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}
-th,td{padding:.5rem 0 .5rem .8rem;text-align:right;white-space:nowrap;
-border-bottom:1px solid var(--line)}
-th{color:var(--soft);font-weight:500;font-size:.82rem}
-th:first-child,td:first-child{text-align:left;padding-left:0;position:sticky;left:0;
-background:var(--paper)}
-td.best{font-weight:700}
-tr.base td{color:var(--soft)} tr.base td.best{color:var(--ink)}
-tr.main td:first-child{font-weight:600}
-.tag{font-size:.72rem;border:1px solid var(--line);border-radius:99px;padding:.05rem .5rem;
-margin-left:.5rem;color:var(--soft);font-weight:400}
-.strip{width:120px;height:18px;display:block;margin-left:auto} .strip circle{fill:var(--accent)}
-.base .strip circle{fill:var(--soft)} .strip line{stroke:var(--ink);stroke-width:2}
-.figures{display:grid;grid-template-columns:repeat(4,1fr);gap:.8rem;margin:.6rem 0}
-.wide{grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));align-items:start}
-.wide figure{max-width:720px}
-figure{margin:0} figure img{width:100%;display:block;border-radius:6px;background:var(--card)}
-figcaption{margin-top:.25rem;line-height:1.35}
-.sharp{image-rendering:pixelated}
-.legend{display:flex;flex-wrap:wrap;gap:.4rem 2rem;margin:.8rem 0}
-.legend span{display:flex;align-items:center;gap:.5rem}
-.bar{width:90px;height:9px;border-radius:5px}
-.plot{width:100%;max-width:760px;height:auto;display:block;margin:.8rem 0}
-.plot text{fill:var(--soft);font-size:12px} .plot path{fill:none;stroke-width:1.8}
-.plot .axis{stroke:var(--line);stroke-width:1}
-ul.notes{color:var(--soft);font-size:.86rem;padding-left:1.1rem;margin:.4rem 0}
-footer{margin-top:3.5rem;border-top:1px solid var(--line);padding-top:1rem;overflow-wrap:anywhere}
-footer dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;margin:0}
-footer dd{margin:0} code{font:.84rem ui-monospace,"Liberation Mono",Menlo,monospace}
-@media(max-width:640px){body{padding:1.5rem 1rem 3rem}h1{font-size:1.5rem}
-.figures{grid-template-columns:1fr 1fr}
-.wide{grid-template-columns:1fr}td:first-child{white-space:normal;min-width:6rem}
-.tag{margin-left:0;display:inline-block}.tiles{grid-template-columns:1fr 1fr}}
-"""
 
 
 def html_page(
     title: str,
     made: Sequence[Table],
+    seen: Sequence[Overview],
     lines: Sequence[Line],
-    origins: Mapping[str, Sequence[str]],
-    folder: Path,
-    sections: Sequence[Section],
+    folders: Mapping[str, Path],
+    *,
+    apart: Sequence[str] = (),
+    sections: str = "",
 ) -> str:
-    """The whole page as text."""
-    body = [f"<h1>{html.escape(title)}</h1>", _tiles(made[0])]
+    """The whole page as text; `folders` are the runs', where pictures lie, by the lines' `run`."""
+    parts = [f"<h1>{html.escape(title)}</h1>", _tiles(made[0]), _overviews(seen)]
+    groups: dict[tuple[str, str, str], list[Table]] = {}
     for table in made:
-        body += [_table(table), _examples(table, lines, folder)]
-    for name, content, caption in sections:
-        inner = content if isinstance(content, str) else _figures(content)
-        body.append(f"<h2>{html.escape(name)}</h2><p class=soft>{html.escape(caption)}</p>{inner}")
-    body.append(_footer(made, lines, origins))
+        groups.setdefault((table.protocol, table.set, table.list_sha256), []).append(table)
+    for name, group in groups.items():
+        own = [x for x in lines if (x["protocol"], x["set"], x["list_sha256"]) == name]
+        parts.append(_set(group, own, folders))
+    if apart:
+        items = "".join(f"<li>{html.escape(one)}" for one in apart)
+        parts.append(f"<h2>Not compared</h2><ul class=notes>{items}</ul>")
+    parts += [sections, _footer(made, lines)]
+    style = STYLE.read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
     )
 
 
-def curve(
-    series: Mapping[str, Sequence[tuple[float | int, float | int]]],
-    *,
-    x: str = "step",
-    y: str = "loss",
-) -> str:
-    """Lines over a shared pair of axes, as SVG for a section."""
-    drawn = {name: np.array(points, np.float64) for name, points in series.items() if len(points)}
-    if not drawn:
-        raise ValueError("there is nothing to plot: every series is empty")
-    every = np.concatenate(list(drawn.values()))
-    if not np.isfinite(every).all():
-        raise ValueError("a plot needs finite numbers; leave the others out")
-    low, high = every.min(0), every.max(0)
-    span = np.where(high > low, high - low, 1.0)
-    width, height, left, bottom = 640, 250, 52, 34
-    parts = [_axes(low, high, span, (width, height, left, bottom), x, y)]
-    for number, (name, points) in enumerate(drawn.items()):
-        thin = points[:: -(-len(points) // MAX_POINTS)]
-        at = (thin - low) / span * (width - left - 12, 30 + bottom - height)
-        path = " ".join(f"{u:.1f},{v:.1f}" for u, v in at + (left, height - bottom))
-        colour = f"var(--s{number % 4})"
-        parts.append(f'<path d="M{path}" style="stroke:{colour}"/>')
-        label = f'x="{left + 8 + 150 * number}" y="14" style="fill:{colour}"'
-        parts.append(f"<text {label}>{html.escape(name)}</text>")
-    return f'<svg class=plot viewBox="0 0 {width} {height}" role=img>{"".join(parts)}</svg>'
-
-
-def _axes(
-    low: np.ndarray, high: np.ndarray, span: np.ndarray, frame: tuple[int, ...], x: str, y: str
-) -> str:
-    width, height, left, bottom = frame
+def sections_html(sections: Sequence[Section]) -> str:
+    """What others add to the page, as part of it."""
     parts = []
-    for share in (0.0, 0.5, 1.0):
-        across = left + share * (width - left - 12)
-        down = height - bottom - share * (height - bottom - 30)
-        value_x, value_y = low + share * np.where(high > low, span, 0)
-        anchor = "end" if share == 1 else "middle"
-        parts.append(f'<line class=axis x1="{left}" x2="{width - 12}" y1="{down}" y2="{down}"/>')
-        parts.append(
-            f'<text x="{left - 8}" y="{down + 4}" text-anchor=end>{value_y:.3g}</text>'
-            f'<text x="{across}" y="{height - 18}" text-anchor={anchor}>{value_x:.6g}</text>'
-        )
-    names = f'<text x="{width - 12}" y="{height - 3}" text-anchor=end>{html.escape(x)}</text>'
-    return "".join(parts) + names + f'<text x="0" y="14">{html.escape(y)}</text>'
+    for name, content, caption in sections:
+        inner = content if isinstance(content, str) else _figures(content)
+        parts.append(f"<h2>{html.escape(name)}</h2><p class=soft>{html.escape(caption)}</p>{inner}")
+    return "".join(parts)
 
 
 def _tiles(table: Table) -> str:
@@ -164,95 +81,219 @@ def _tiles(table: Table) -> str:
     ]
     tile = "<div class=tile><b>{}</b><span>{}</span></div>"
     cells = "".join(tile.format(*words) for words in tiles)
-    names = f"{html.escape(entry.predictor)} on {html.escape(table.benchmark)}"
-    return f"<p class=soft>{names}: {html.escape(table.protocol)}</p><div class=tiles>{cells}</div>"
-
-
-def _table(table: Table) -> str:
-    titles = [TITLES["absrel"], "× baseline", *(TITLES[name] for name in SHOWN[1:])]
-    head = "".join(f"<th>{name}" for name in ["", *titles, "images", "pixels", "per image"])
-    reach = max((np.percentile(e.absrel, 98) for e in table.entries if e.absrel), default=1.0)
-    rows = "".join(_table_row(table, entry, reach) for entry in table.entries)
-    remarks = "".join(f"<li>{html.escape(note)}" for e in table.entries for note in notes(e))
+    names = f"{html.escape(entry.predictor)} on {html.escape(table.set)}"
+    rule = html.escape(f"{table.protocol}, {table.rule}")
     return (
-        f"<h2>{html.escape(table.benchmark)}</h2><p>{html.escape(table.about)}</p>"
-        f"<div class=scroll><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>"
-        f"<p class=soft>Protocol: {html.escape(table.protocol)}. Mean over images, each counted "
-        f"once; the best of a column is bold. Strips run from 0 to {reach:.2f}, the bar is the "
-        f"mean.</p><ul class=notes>{remarks}</ul>"
+        f"<p class=soft>{names}: {rule}</p><div class=tiles>{cells}</div><p class=soft>Numbers are "
+        "means over images, each counted once. The best of a column is bold; the small numbers are "
+        "95 % bootstrap intervals over images.</p>"
     )
 
 
-def _table_row(table: Table, entry: Entry, reach: float) -> str:
-    numbers = {}
-    for name in SHOWN:
-        value = entry.means.get(name)
-        best = " class=best" if value == table.best(name) else ""
-        numbers[name] = f"<td{best}>{figures(name, value)}"
-    ratio = table.ratio(entry)
-    kind = "base" if entry.is_baseline else "main" if entry is table.main() else "other"
-    tag = "<span class=tag>baseline</span>" if entry.is_baseline else ""
-    total = entry.num_images + len(entry.failed)
-    images = f"{entry.num_images}" + (f" of {total}" if entry.failed else "")
-    return (
-        f"<tr class={kind}><td>{html.escape(entry.predictor)}{tag}{numbers.pop('absrel')}"
-        f"<td>{'' if ratio is None else format(ratio, '.2f')}{''.join(numbers.values())}"
-        f"<td>{images}<td>{entry.num_valid:,}<td>{_strip(entry, reach)}"
-    )
+def _overviews(seen: Sequence[Overview]) -> str:
+    """One for each fit; none where a set's own table says it all."""
+    parts = []
+    for overview in seen:
+        if len(overview.sets) == 1 and not any(row.source for row in overview.rows):
+            continue
+        title = html.escape(f"{overview.protocol}: {overview.rule}")
+        width = "dense many" if len(overview.sets) > MANY else "dense"
+        table = _grid(formats.overview_grid(overview), width)
+        parts.append(f"<h3>{title}</h3>{table}{_notes(formats.overview_notes(overview)[1:])}")
+    return "".join(["<h2>Overview</h2>", *parts]) if parts else ""
 
 
-def _strip(entry: Entry, reach: float) -> str:
-    """One dot per image along AbsRel, a bar at the mean."""
-    if not entry.absrel:
+def _set(group: Sequence[Table], lines: Sequence[Line], folders: Mapping[str, Path]) -> str:
+    """All of one set: a table for each fit and part, then the main fit's images."""
+    first = group[0]
+    parts = [
+        f"<h2>{html.escape(first.set)} <span class=tag>{html.escape(first.protocol)}</span></h2>"
+        f"<p>{html.escape(first.about)}</p>"
+    ]
+    parts += [_table(table, is_headed=len(group) > 1) for table in group]
+    whole = [table for table in group if table.part is None]
+    plots = _distributions(whole) + _calibration(lines)
+    parts += [_differences(whole), f"<div class=plots>{plots}</div>" * bool(plots)]
+    entries = {entry.predictor: entry for table in whole for entry in table.entries}
+    names = [name for name, entry in entries.items() if not entry.is_baseline] or list(entries)[:1]
+    for name in names[:NUM_EXAMINED]:
+        own = [line for line in lines if line["predictor"] == name]
+        parts.append(_examples(name, own, folders, is_open=name == names[0]))
+    return "".join(parts)
+
+
+def _differences(whole: Sequence[Table]) -> str:
+    """Of the main fit all, of further ones those between learned predictors."""
+    parts = []
+    for table in whole:
+        grid = formats.difference_grid(table, with_baselines=table is whole[0])
+        if grid is not None:
+            head = f"<h3>{html.escape(table.rule)}</h3>" if len(whole) > 1 else ""
+            parts.append(head + _grid(grid, "narrow"))
+    if not parts:
         return ""
-    thin = sorted(entry.absrel)[:: -(-len(entry.absrel) // MAX_DOTS)]
-    opacity = max(0.2, min(0.7, 16 / len(thin)))
-    dots = "".join(f'<circle cx="{_across(a, reach)}" cy="9" r="2.6"/>' for a in thin)
-    mean = _across(entry.means["absrel"], reach)
     return (
-        f'<svg class=strip viewBox="0 0 130 18"><g opacity="{opacity:.2f}">{dots}</g>'
-        f'<line x1="{mean}" x2="{mean}" y1="2" y2="16"/></svg>'
+        f"<details open><summary>Paired differences</summary>{''.join(parts)}<p class=soft>Mean "
+        "over the images that both have, with its 95 % interval. Where two are equally good, one "
+        "in twenty excludes 0 by chance.</p></details>"
     )
 
 
-def _across(absrel: float, reach: float) -> str:
-    return f"{3 + 124 * min(absrel / reach, 1.0):.1f}"
+def _table(table: Table, *, is_headed: bool) -> str:
+    title = f"{table.part}: {table.rule}" if table.part else table.rule
+    head = f"<h3>{html.escape(title)}</h3>" if is_headed else ""
+    grid = formats.table_grid(table, formats.LONG)
+    strips = _strips(table)
+    notes = [
+        f"{e.predictor}: {text}"
+        for e in table.entries
+        for text in formats.remarks(e, "listed below")
+    ]
+    more = "".join(_failures(entry) for entry in table.entries)
+    reach = _reach(table)
+    said = html.escape(formats.table_notes(table)[0])
+    grid = grid._replace(head=["", *grid.head[1:]])
+    return (
+        f"{head}{_grid(grid, '', extra=('per image', strips))}<p class=soft>{said}. Strips: AbsRel "
+        f"from 0 to {reach:.2f}, the bar is the mean.</p>"
+        f"{_notes(notes)}{more}"
+    )
 
 
-def _examples(table: Table, lines: Sequence[Line], folder: Path) -> str:
-    """Best, median and worst image of the model in front, and the first, which no one chose."""
-    main = table.main().predictor
-    own = [x for x in lines if (x["benchmark"], x["predictor"]) == (table.benchmark, main)]
+def _reach(table: Table) -> float:
+    """How far plots of AbsRel go: all but the worst images of the worst predictor."""
+    found = [float(np.percentile(entry.absrel, 98)) for entry in table.entries if entry.absrel]
+    return max(found, default=0.0) or 1.0
+
+
+def _strips(table: Table) -> list[str]:
+    reach = _reach(table)
+    return [
+        strip(entry.absrel, entry.means["absrel"], reach) if entry.absrel else ""
+        for entry in table.entries
+    ]
+
+
+def _failures(entry: Entry) -> str:
+    """The rest of the images without a score, folded away."""
+    rest = list(entry.failed.items())[formats.NUM_FAILED_SHOWN :]
+    items = "".join(f"<li>{html.escape(key)}: {html.escape(why)}" for key, why in rest)
+    about = html.escape(f"{entry.predictor}: {len(rest)} more images without a score")
+    return f"<details><summary>{about}</summary><ul class=notes>{items}</ul></details>" * bool(rest)
+
+
+def _grid(grid: Grid, kind: str, extra: tuple[str, Sequence[str]] | None = None) -> str:
+    """A table; `extra` is one more column of HTML."""
+    above = "".join(f"<th colspan={span}>{html.escape(name)}" for name, span in grid.groups)
+    heads = [*map(html.escape, grid.head), *([extra[0]] if extra else [])]
+    head = f"<tr><th>{above}</tr>" * bool(above) + "<tr>" + "".join(f"<th>{one}" for one in heads)
+    rows = []
+    for number, (row_kind, words) in enumerate(grid.rows):
+        tag = "<span class=tag>baseline</span>" if row_kind == "base" else ""
+        cells = [f"<td>{html.escape(words[0].text)}{tag}", *map(_word, words[1:])]
+        if extra:
+            cells.append(f"<td>{extra[1][number]}")
+        rows.append(f"<tr class={row_kind}>{''.join(cells)}")
+    return (
+        f"<div class=scroll><table class='{kind}'><thead>{head}</thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _word(word: Word) -> str:
+    small = f"<small>{html.escape(word.interval)}</small>" if word.interval else ""
+    return f"<td{' class=best' if word.best else ''}>{html.escape(word.text)}{small}"
+
+
+def _notes(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{html.escape(note)}" for note in notes)
+    return f"<ul class=notes>{items}</ul>" if notes else ""
+
+
+def _distributions(whole: Sequence[Table]) -> str:
+    """A plot of the main fit, and of a further one if it has other learned predictors."""
+    seen: set[str] = set()
+    parts = []
+    for table in whole:
+        learned = {entry.predictor for entry in table.entries if not entry.is_baseline}
+        found = {entry.predictor: entry.absrel for entry in table.entries if entry.absrel}
+        if max(map(len, found.values()), default=0) < 2 or (seen and learned <= seen):
+            continue
+        seen |= learned
+        title = "Images, one by one" + (f": {table.rule}" if len(whole) > 1 else "")
+        parts.append(
+            f"<div><h3>{html.escape(title)}</h3><p class=soft>Which share of the images has an "
+            f"AbsRel up to x: further left is better.</p>{distribution(found, _reach(table))}</div>"
+        )
+    return "".join(parts)
+
+
+def _calibration(lines: Sequence[Line]) -> str:
+    """Error against predicted uncertainty, of predictors that say how sure they are."""
+    of_predictor: dict[str, list[dict]] = {}
+    for line in lines:
+        if line["uncertainty"] is not None:
+            of_predictor.setdefault(line["predictor"], []).append(line["uncertainty"])
+    if not of_predictor:
+        return ""
+    series, rows, ends = {}, [], [0.0]
+    for name, own in of_predictor.items():
+        at = np.mean([[one["uncertainty"], one["error"]] for one in own], axis=0)
+        series[name] = list(map(tuple, at.T))
+        ends.append(min(at[0].max(), at[1].max()))
+        numbers = [f"{np.mean([one[key] for one in own]):.3f}" for key in ("correlation", "ause")]
+        rows.append(("other", [Word(name), *map(Word, numbers), Word(f"{len(own)}")]))
+    series["error = uncertainty"] = [(0.0, 0.0), (max(ends), max(ends))]
+    grid = Grid([], ["", "rank correlation ↑", "AUSE ↓", "images"], rows)
+    return (
+        "<div><h3>Does the uncertainty tell where the error is?</h3><p class=soft>Each image's "
+        "pixels in tenths, from the most certain to the least; means over images. AUSE: by how "
+        "much more the error would fall if the worst pixels left first, not the least certain.</p>"
+        f"{curve(series, x='predicted relative uncertainty', y='relative error')}"
+        f"{_grid(grid, 'narrow')}</div>"
+    )
+
+
+def _examples(name: str, own: Sequence[Line], folders: Mapping[str, Path], *, is_open: bool) -> str:
+    """A predictor's best, median and worst image, and the first, which no one chose."""
     named: dict[str, list[str]] = {}
     for pick, key in chosen_keys(own).items():
         named.setdefault(key, []).append(pick)
     of_key = {line["key"]: line for line in own}
     cards = []
     for key, picks in named.items():
-        pictures = picture_folder(folder, table.benchmark, key)
-        stem = quote(main, safe="")
-        names = ("image.png", "truth.png", f"{stem}.depth.png", f"{stem}.error.png")
-        paths = [pictures / name for name in names]
+        line = of_key[key]
+        pictures = picture_folder(folders[line["run"]], line["set"], key)
+        paths = picture_paths(pictures, line["name"])
         if not all(path.exists() for path in paths):
             continue  # a longer run may choose an image whose pictures a shorter one dropped
-        line = of_key[key]
+        in_metres = line["row"].get("metric", False)
         titles = ("image", "measured depth", "predicted depth", "relative error")
-        shown = [(np.asarray(Image.open(path)), t) for path, t in zip(paths, titles, strict=True)]
-        score = f"AbsRel {line['metrics']['absrel']:.4f}, δ1 {line['metrics']['delta1']:.4f}"
+        opened = [Image.open(path) for path in paths]
+        shown = [(np.asarray(one), about) for one, about in zip(opened, titles, strict=True)]
+        scores = next(iter(line["fits"].values()))
+        score = f"AbsRel {scores['absrel']:.4f}, δ1 {scores['delta1']:.4f}"
         cards.append(
             f"<h3>{' and '.join(picks).capitalize()} · {html.escape(key)}</h3>"
-            f"<p class=soft>{score} · {html.escape(line['credit'])}</p>{_figures(shown)}"
+            f"<p class=soft>{score} · {html.escape(line['credit'])}</p>"
+            f"{_figures(shown)}{_legend(opened[1].info, in_metres=in_metres)}"
         )
-    return "".join(cards) + _legend() if cards else ""
+    if not cards:
+        return ""
+    title = f"<summary>{html.escape(name)}, image by image</summary>"
+    return f"<details{' open' * is_open}>{title}{''.join(cards)}</details>"
 
 
-def _legend() -> str:
-    stops = ",".join("rgb({:.0f},{:.0f},{:.0f})".format(*stop) for stop in MAGMA)
-    bar = f'<i class=bar style="background:linear-gradient(90deg,{stops})"></i>'
-    return (
-        f"<div class='legend soft'><span>far {bar} near</span><span>0 {bar} 50 % error</span>"
-        "<span>grey: not measured, or no depth predicted</span></div>"
+def _legend(limits: Mapping, *, in_metres: bool) -> str:
+    """What the colours mean; `limits` are those that a picture of depth says it has."""
+    unit = " m" if in_metres else ""
+    far, near = (
+        f"{name} {float(limits[name]):.3g}{unit}" if name in limits else name
+        for name in ("far", "near")
     )
+    grey = "<span>grey: not measured, or no depth predicted</span>"
+    bars = f"{scale_bar(far, near)}{scale_bar('0', '50 % error')}"
+    return f"<div class='legend soft'>{bars}{grey}</div>"
 
 
 def _figures(pictures: Iterable[tuple[Picture, str]]) -> str:
@@ -273,16 +314,20 @@ def _figures(pictures: Iterable[tuple[Picture, str]]) -> str:
     return f'<div class="figures{kind}">{"".join(cells)}</div>'
 
 
-def _footer(
-    made: Sequence[Table], lines: Sequence[Line], origins: Mapping[str, Sequence[str]]
-) -> str:
+def _footer(made: Sequence[Table], lines: Sequence[Line]) -> str:
     """Where the numbers come from, and the licence texts that travel with the pictures."""
-    weights = {e.predictor: e.weights for table in made for e in table.entries if e.weights}
-    rows = [(name.capitalize(), value) for name, values in origins.items() for value in values]
-    rows += [(f"Weights of {name}", f"sha256 {digest}…") for name, digest in weights.items()]
+    rows: dict[tuple[str, str], None] = {}
+    rows |= dict.fromkeys((line["protocol"], line["settings"]["about"]) for line in lines)
+    for name in ("command", "commit", "machine"):
+        rows |= dict.fromkeys((name.capitalize(), line[name] or "unknown") for line in lines)
+    for table in made:
+        for entry in table.entries:
+            if entry.weights:
+                rows[f"Weights of {entry.predictor}", f"sha256 {short(entry.weights)}…"] = None
+    for table in made:
+        rows[f"List of {table.set}", f"sha256 {table.list_sha256}"] = None
     pairs = "".join(
-        f"<dt>{html.escape(name)}<dd><code>{html.escape(value or 'unknown')}</code>"
-        for name, value in rows
+        f"<dt>{html.escape(name)}<dd><code>{html.escape(value)}</code>" for name, value in rows
     )
     terms = {x["credit"]: x["licence"] for x in lines if x["licence"] not in x["credit"]}
     licences = "".join(

@@ -1,293 +1,336 @@
-"""Predict, align, score: one JSON line per (image, predictor), so that a killed run resumes.
+"""Predict, judge, write: one JSON line per image and predictor, by any number of processes.
 
-The lines hold everything that a report says; beside them
-lie small pictures of a few images. An image that cannot be scored gets a line with the reason: it
-is listed and never averaged.
+    run([Task(row=row, images=open_row(row), predictors=[...])], protocol=..., folder=..., ...)
+
+The lines hold everything that a report says. They are written as batches are done, so a run that is
+killed loses a batch, and typed again continues; processes on one folder share the batches among
+them by claims. An image that cannot be read, predicted or scored gets a line with the reason: it is
+listed and never averaged.
 """
 
-import io
-import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import quote
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from PIL import Image
 from tqdm import tqdm
 
 from mofo.data.sample import Sample
-from mofo.evaluation.benchmark import Row
-from mofo.metrics import align, compare
-from mofo.model.weights import digest
-from mofo.picture import Picture, depth_picture, disparity_limits, error_picture
+from mofo.evaluation.claims import Claims
+from mofo.evaluation.kept import file_name
+from mofo.evaluation.ledger import Ledger, Task, plain
+from mofo.evaluation.lines import Line, Writer, read_lines
+from mofo.evaluation.pictures import (
+    chosen_keys,
+    draw,
+    drop_others,
+    picture_folder,
+    picture_paths,
+)
+from mofo.evaluation.predictors import Prediction, Predictor
+from mofo.evaluation.protocol import Protocol
+from mofo.evaluation.verdict import aligned, verdict
 
-LINES = "lines.jsonl"
-PICTURES = "pictures"
-MAX_SIDE = 256  # pixels of a kept picture: a report shows it no larger
-
-# Words of attribution that a licensor asks for, by a mark of the licence text.
-ATTRIBUTION = {"Zenseact": "Zenseact Open Dataset, (c) Zenseact AB, CC BY-SA 4.0"}
-
-Line = dict[str, Any]
-# Images (h, w, 3) and their keys to depth (h, w), one each; NaN where the model gives none.
-Predictor = Callable[[list[np.ndarray], list[str]], list[np.ndarray]]
+CLAIMS = "claims"
+MAX_PIXELS = 2**23  # of a batch: eight megapixels of image, truth and prediction are 0.3 GB
+POLL = 1.0  # seconds between looks at what other processes have not finished
+QUIET = 60.0  # seconds between the progress bar's lines where nobody watches it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where numbers come from; `weights` is the hash of each predictor that has learned ones."""
+    """Where numbers come from."""
 
     command: str
     commit: str
     machine: str
-    weights: Mapping[str, str] = field(default_factory=dict)
 
 
-def origin(weights: Mapping[str, str | Path]) -> Origin:
-    """This process's command, commit and machine, with the hash of each release folder."""
+def origin() -> Origin:
+    """This process's command, commit and machine."""
     return Origin(
         command=" ".join(["python", *sys.argv]),
         commit=_commit(),
         machine=torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        weights={name: digest(folder) for name, folder in weights.items()},
     )
 
 
 def run(
-    predictors: Mapping[str, Predictor],
-    samples: Iterable[Sample],
+    tasks: Sequence[Task],
     *,
-    row: Row,
+    protocol: Protocol,
     folder: str | Path,
     batch_size: int,
     origin: Origin,
+    workers: int = 2,
+    retry: bool = False,
 ) -> None:
-    """Score every predictor on every sample; lines that are already in `folder` are kept.
+    """Judge every predictor on every image; what `folder` has is kept, what is failed with `retry`.
 
-    A predictor must give the same depth for a key whatever batch it is in. Lines made under
-    another protocol or by other weights are refused, not mixed.
+    Returns when all is done, by whichever process. Lines made by another protocol, other weights
+    or other settings are refused, not mixed. A predictor sees up to `batch_size` pictures at once,
+    fewer if they are large.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _drop_half_line(folder / LINES)
-    lines = [line for line in read_lines(folder) if line["benchmark"] == row.name]
-    _refuse_other_origin(lines, row, origin, folder)
-    done = {(line["predictor"], line["key"]) for line in lines}
-    seen: set[str] = set()
-    stream = iter(tqdm(samples, desc=row.name, unit="image", disable=None))
-    with open(folder / LINES, "ab") as file:
-        while batch := list(islice(stream, batch_size)):
-            for sample in batch:
-                if sample.key in seen:
-                    raise ValueError(f"key {sample.key!r} occurs twice in {row.name}")
-                seen.add(sample.key)
-            _append(file, _score_batch(predictors, batch, done, row, folder, origin))
-    _keep_few_pictures(folder, row.name)
+    for task in tasks:
+        _check(task, protocol)
+    with _Run(tasks, protocol, Path(folder), batch_size, origin, workers, retry) as running:
+        # What others have is left to the end, when there is nothing else to do.
+        while unfinished := [task for task in tasks if not running.work(task)]:
+            time.sleep(POLL)
+            tasks = unfinished
 
 
-def read_lines(folder: str | Path) -> list[Line]:
-    """All whole lines of a run, in the order in which they were written."""
-    path = Path(folder) / LINES
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+class _Run:
+    """One process's part."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        protocol: Protocol,
+        folder: Path,
+        batch_size: int,
+        origin: Origin,
+        workers: int,
+        retry: bool,
+    ) -> None:
+        self.protocol, self.folder, self.batch_size = protocol, folder, batch_size
+        self.origin = asdict(origin)
+        self.settings = protocol.settings()
+        self.claims, self.writer = Claims(folder / CLAIMS), Writer(folder)
+        self.ledger = Ledger(tasks, folder, protocol.id, self.settings, retry)
+        self.pool = ThreadPoolExecutor(workers)
+        self.begun: list[_Batch] = []
+        self.bars: dict[str, tqdm] = {}
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        for batch in self.begun:
+            batch.claim.close()
+        for bar in self.bars.values():
+            bar.close()
+
+    def work(self, task: Task) -> bool:
+        """Do what nobody else does; whether all of the set is done, its pictures too."""
+        reading = _one_ahead(map(self._read, self._claimed(task)))
+        judging = _one_ahead(map(self._judge, reading))
+        self._show(task)
+        for batch in judging:
+            self.writer.append(line.result() for line in batch.lines)
+            self._show(task)
+            batch.claim.close()
+            self.begun.remove(batch)
+        done = not self.ledger.missing(task, range(len(task.images.keys)))
+        if done:
+            self.bars[task.row.name].close()
+        return done and self._draw(task)
+
+    def _claimed(self, task: Task) -> Iterator["_Batch"]:
+        """Batches with something to do that are now ours, until all that is left is others'."""
+        count, size = len(task.images.keys), self._batch_size(task)
+        for start in range(0, count, size):
+            indices = range(start, min(start + size, count))
+            if not self.ledger.missing(task, indices):
+                continue
+            with ExitStack() as stack:
+                piece = f"{file_name(task.row.name)}/{start:06d}-{indices.stop:06d}"
+                if not stack.enter_context(self.claims.claim(piece)):
+                    continue
+                self.ledger.refresh()  # what its last owner wrote
+                if self.ledger.missing(task, indices):
+                    batch = _Batch(task=task, indices=indices, claim=stack.pop_all())
+                    self.begun.append(batch)
+                    yield batch
+
+    def _batch_size(self, task: Task) -> int:
+        """The same whoever asks: a batch's predictions may depend on it in their last bits."""
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is no JSON line ({error}); delete it") from error
-    return lines
+            h, w = task.images.read(0).image.shape[:2]
+        except Exception:
+            return self.batch_size
+        return min(self.batch_size, max(1, MAX_PIXELS // (h * w)))
+
+    def _read(self, batch: "_Batch") -> "_Batch":
+        read = batch.task.images.read
+        batch.samples = [self.pool.submit(read, index) for index in batch.indices]
+        return batch
+
+    def _judge(self, batch: "_Batch") -> "_Batch":
+        """Predict all of a batch, as in a run that was never killed, and judge what is missing."""
+        samples = {k: _outcome(one) for k, one in zip(batch.indices, batch.samples, strict=True)}
+        missing = self.ledger.missing(batch.task, batch.indices)
+        for number, predictor in enumerate(batch.task.predictors):
+            wanted = [index for index, name in missing if name == predictor.name]
+            if not wanted:
+                continue
+            usable = {k: one for k, one in samples.items() if isinstance(one, Sample)}
+            start = time.monotonic()
+            made = dict(zip(usable, _predicted(predictor, list(usable.values())), strict=True))
+            seconds = (time.monotonic() - start) / max(1, len(usable))
+            measured = {"order": [batch.task.order, number], "seconds": seconds}
+            for index in wanted:
+                given = index, samples[index], made.get(index), measured
+                batch.lines.append(self.pool.submit(self._line, batch.task, predictor, *given))
+        batch.samples = []
+        return batch
+
+    def _line(
+        self,
+        task: Task,
+        predictor: Predictor,
+        index: int,
+        sample: Sample | Exception,
+        made: Prediction | Exception | None,
+        measured: dict[str, Any],
+    ) -> Line:
+        if predictor.keep is not None and isinstance(made, Prediction):
+            made = predictor.keep(task.images.keys[index], made)
+        said = verdict(sample, made, kind=predictor.kind, row=task.row, protocol=self.protocol)
+        return {
+            "protocol": self.protocol.id,
+            "set": task.row.name,
+            "part": task.images.parts[index],
+            "predictor": predictor.name,
+            "kind": predictor.kind,
+            "key": task.images.keys[index],
+            "index": index,
+            **measured,
+            **said,
+            "weights": predictor.weights,
+            "predictor_settings": plain(predictor.settings),
+            "list_sha256": task.images.list_sha256,
+            "list_count": task.row.count or len(task.images.keys),
+            "row": plain(asdict(task.row)),
+            "settings": self.settings,
+            **self.origin,
+        }
+
+    def _draw(self, task: Task) -> bool:
+        """Draw what a report shows and is not drawn yet; False while another process does."""
+        lines: dict[str, dict[str, Line]] = {predictor.name: {} for predictor in task.predictors}
+        for line in read_lines(self.folder):
+            if line["set"] == task.row.name:
+                lines.setdefault(line["predictor"], {})[line["key"]] = line
+        chosen = {name: set(chosen_keys(own.values()).values()) for name, own in lines.items()}
+        missing = [
+            (predictor, lines[predictor.name][key])
+            for predictor in task.predictors
+            for key in sorted(chosen[predictor.name])
+            if not all(path.exists() for path in self._paths(task, predictor.name, key))
+        ]
+        if not missing:
+            return True
+        with self.claims.claim(f"{file_name(task.row.name)}/pictures") as ours:
+            if ours:
+                for predictor, line in missing:
+                    self._draw_image(task, predictor, line)
+                drop_others(self.folder, task.row.name, set().union(*chosen.values()))
+        return ours
+
+    def _draw_image(self, task: Task, predictor: Predictor, line: Line) -> None:
+        sample = _outcome(self.pool.submit(task.images.read, line["index"]))
+        if not isinstance(sample, Sample) or sample.depth is None:
+            return  # it could be read when it was scored
+        [made] = _predicted(predictor, [sample])
+        if isinstance(made, Prediction):
+            depth = aligned(made.depth, line, row=task.row, protocol=self.protocol)
+            paths = self._paths(task, predictor.name, line["key"])
+            draw(paths, sample.image, *sample.depth, depth)
+
+    def _paths(self, task: Task, predictor: str, key: str) -> tuple[Path, Path, Path, Path]:
+        return picture_paths(picture_folder(self.folder, task.row.name, key), predictor)
+
+    def _show(self, task: Task) -> None:
+        """What all processes have done, and means so far, of the predictor in front."""
+        self.ledger.refresh()
+        name, tally = task.row.name, self.ledger.tallies[task.row.name, task.predictors[0].name]
+        if name not in self.bars:
+            self.bars[name] = tqdm(
+                desc=name,
+                unit="image",
+                total=len(task.images.keys),
+                initial=int(tally["lines"]),
+                mininterval=0.1 if sys.stderr.isatty() else QUIET,
+            )
+        if scored := tally["scored"]:
+            means = f"AbsRel {tally['absrel'] / scored:.4f}, δ1 {tally['delta1'] / scored:.4f}"
+            self.bars[name].set_postfix_str(f"{task.predictors[0].name}: {means}", refresh=False)
+        self.bars[name].update(int(tally["lines"]) - self.bars[name].n)
 
 
-def chosen_keys(lines: Iterable[Line]) -> dict[str, str]:
-    """Of one predictor's lines on one benchmark: the keys of its first, best, median, worst."""
-    scored = [line for line in lines if line["failed"] is None]
-    if not scored:
-        return {}
-    ranked = sorted(scored, key=lambda line: line["metrics"]["absrel"])
-    picks = {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}
-    return {name: line["key"] for name, line in {"first": scored[0], **picks}.items()}
+@dataclass(kw_only=True, eq=False)
+class _Batch:
+    """Images that one process has claimed, on their way from being read to being written."""
+
+    task: Task
+    indices: range
+    claim: ExitStack
+    samples: list[Future[Sample]] = field(default_factory=list)
+    lines: list[Future[Line]] = field(default_factory=list)
 
 
-def picture_folder(folder: str | Path, benchmark: str, key: str) -> Path:
-    return Path(folder) / PICTURES / quote(benchmark, safe="") / quote(key, safe="")
+def _check(task: Task, protocol: Protocol) -> None:
+    """What would be wrong with every image shows before the first."""
+    names = Counter(predictor.name for predictor in task.predictors)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"two predictors are called {twice[0]!r}; give each its own label")
+    for predictor in task.predictors:
+        protocol.fits_for(predictor.kind, is_metric=task.row.metric)
 
 
-def _score_batch(
-    predictors: Mapping[str, Predictor],
-    batch: list[Sample],
-    done: set[tuple[str, str]],
-    row: Row,
-    folder: Path,
-    origin: Origin,
-) -> Iterator[Line]:
-    for name, predict in predictors.items():
-        todo = [sample for sample in batch if (name, sample.key) not in done]
-        if not todo:
-            continue
-        depths = predict([sample.image for sample in todo], [sample.key for sample in todo])
-        if len(depths) != len(todo):
-            raise ValueError(f"{name} gave {len(depths)} depth maps for {len(todo)} images")
-        for sample, pred in zip(todo, depths, strict=True):
-            yield {
-                "benchmark": row.name,
-                "predictor": name,
-                "key": sample.key,
-                **_score_image(name, sample, np.asarray(pred, np.float64), row, folder),
-                "credit": _credit(sample),
-                "licence": sample.licence,
-                "weights": origin.weights.get(name),
-                "row": asdict(row),
-                "command": origin.command,
-                "commit": origin.commit,
-                "machine": origin.machine,
-            }
-
-
-def _score_image(
-    name: str, sample: Sample, pred: Float[np.ndarray, "..."], row: Row, folder: Path
-) -> Line:
-    """Metrics, or why there are none; and what was wrong with the prediction where it counts.
-
-    A pixel that the model gives no finite depth is left out of the fit, then scored as depth 0:
-    leaving it out of the score would reward a model for predicting only what is easy.
-    """
-    failed = {"metrics": None, "num_nonfinite": 0, "num_nonpositive": 0}
-    truth, valid = sample.depth or (None, None)
-    if truth is None or valid is None or not valid.any():
-        return {**failed, "failed": "no pixel has measured depth"}
-    if pred.shape != truth.shape:
-        sizes = (" x ".join(map(str, array.shape)) for array in (pred, truth))
-        return {**failed, "failed": "prediction is {}, truth is {}".format(*sizes)}
-    finite = np.isfinite(pred)
-    counts = {
-        "num_nonfinite": int((valid & ~finite).sum()),
-        "num_nonpositive": int((valid & finite & (pred <= 0)).sum()),
-    }
+def _outcome(future: Future[Sample]) -> Sample | Exception:
     try:
-        fitted = valid & finite
-        aligned = align(pred, truth, fitted, row.alignment, row.low, row.high)
-    except ValueError as error:
-        return {**failed, **counts, "failed": str(error)}
-    depth = np.where(finite, aligned.depth, 0.0)
-    metrics = compare(depth[valid], truth[valid].astype(np.float64))
-    metrics |= {"num_valid": int(valid.sum())}
-    metrics |= {"scale": aligned.scale, "shift": aligned.shift}
-    if not np.isfinite(list(metrics.values())).all():
-        return {**failed, **counts, "failed": "the prediction is so large that metrics overflow"}
-    pictures = picture_folder(folder, row.name, sample.key)
-    _save_pictures(pictures, name, sample.image, truth, valid, depth)
-    return {"metrics": metrics, **counts, "failed": None}
+        return future.result()
+    except Exception as error:
+        return error
 
 
-def _credit(sample: Sample) -> str:
-    """What must stand beside the picture."""
-    asked = (words for mark, words in ATTRIBUTION.items() if mark in sample.licence)
-    return next(asked, ", ".join(filter(None, (sample.source, sample.licence))))
+def _predicted(
+    predictor: Predictor, samples: list[Sample]
+) -> list[Prediction] | list[Prediction | Exception]:
+    """Predictions; if a batch cannot be had, of each image alone, with what is wrong if it is."""
+    if not samples:
+        return []
+    try:
+        return predictor([one.image for one in samples], [one.key for one in samples])
+    except Exception as error:
+        if len(samples) == 1:
+            return [error]
+        return [made for one in samples for made in _predicted(predictor, [one])]
 
 
-def _save_pictures(
-    folder: Path,
-    name: str,
-    image: Picture,
-    truth: Float[np.ndarray, "h w"],
-    valid: Bool[np.ndarray, "h w"],
-    depth: Float[np.ndarray, "h w"],
-) -> None:
-    """Image, truth, prediction at the truth's colour scale, relative error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    limits = disparity_limits(truth, valid)
-    # Every n-th pixel: depth may not be averaged over an edge.
-    step = -(-max(depth.shape) // MAX_SIDE)
-    image, truth, valid, depth = (array[::step, ::step] for array in (image, truth, valid, depth))
-    if not (folder / "truth.png").exists():
-        _save_png(folder / "image.png", image)
-        _save_png(folder / "truth.png", depth_picture(truth, valid, limits))
-    stem = quote(name, safe="")
-    _save_png(folder / f"{stem}.error.png", error_picture(depth, truth, valid))
-    _save_png(folder / f"{stem}.depth.png", depth_picture(depth, limits=limits))
-
-
-def _save_png(path: Path, picture: Picture) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
-    path.write_bytes(buffer.getvalue())
-
-
-def _keep_few_pictures(folder: Path, benchmark: str) -> None:
-    """Delete the pictures that no report shows, now that best, median and worst are known."""
-    of_predictor: dict[str, list[Line]] = {}
-    for line in read_lines(folder):
-        if line["benchmark"] == benchmark:
-            of_predictor.setdefault(line["predictor"], []).append(line)
-    keys = {key for lines in of_predictor.values() for key in chosen_keys(lines).values()}
-    kept = {picture_folder(folder, benchmark, key).name for key in keys}
-    above = picture_folder(folder, benchmark, "_").parent
-    for pictures in above.iterdir() if above.exists() else ():
-        if pictures.name not in kept:
-            shutil.rmtree(pictures)
-
-
-def _append(file: BinaryIO, lines: Iterable[Line]) -> None:
-    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    file.write(text.encode())
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _drop_half_line(path: Path) -> None:
-    """What a kill in the middle of a write leaves; its image is scored again."""
-    if path.exists():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _refuse_other_origin(lines: list[Line], row: Row, origin: Origin, folder: Path) -> None:
-    for line in lines:
-        old = Row(**line["row"]).protocol()
-        differing = [name for name, value in row.protocol().items() if old[name] != value]
-        if differing:
-            raise ValueError(
-                f"{folder} has lines of {row.name} with another {', '.join(differing)}: "
-                f"{[old[name] for name in differing]}; choose another folder, or delete it"
-            )
-        weights = origin.weights.get(line["predictor"])
-        if line["weights"] != weights:
-            raise ValueError(
-                f"{folder} has lines of {line['predictor']} with weights {line['weights']}, but "
-                f"now they are {weights}; choose another folder, or delete it"
-            )
+def _one_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """The same, each begun before the one before it is used."""
+    before = next(batches, None)
+    for batch in batches:
+        assert before is not None
+        yield before
+        before = batch
+    if before is not None:
+        yield before
 
 
 def _commit() -> str:
     """HEAD of the checkout this package lies in, "+" if it is modified; "" outside of one."""
     here = Path(__file__).parent
-    ask = [
-        "git",
-        "-C",
-        str(here),
-        "describe",
-        "--always",
-        "--dirty=+",
-        "--exclude=*",
-        "--abbrev=12",
-    ]
+    ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+    ask.append("--abbrev=12")
     try:
-        return subprocess.run(
-            ask, cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(ask, cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
+    return done.stdout.strip()
 
 
 def _processor() -> str:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from mofo import __version__, picture
 from mofo.data.shards import MANIFEST, Shards
-from mofo.evaluation.tables import Entry, Table, terminal
+from mofo.evaluation.formats import terminal
+from mofo.evaluation.tables import from_plain
 from mofo.model import weights
 from mofo.pipeline import Mofo
 
@@ -263,13 +264,7 @@ def _report(path: Path, data: dict[str, Any], hashes: list[str], name: str) -> s
     if not measured:
         return ""
     try:
-        tables = [
-            Table(
-                **{key: row[key] for key in ("benchmark", "about", "protocol")},
-                entries=[Entry(**entry) for entry in row["entries"]],
-            )
-            for row in data["tables"]
-        ]
+        tables = [from_plain(row) for row in data["tables"]]
         made_by = {key: ", ".join(data[key]) for key in ("command", "commit", "machine")}
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -279,9 +274,11 @@ def _report(path: Path, data: dict[str, Any], hashes: list[str], name: str) -> s
     texts = []
     for table in tables:
         own = [replace(e, predictor=name) for e in table.entries if e.weights in hashes]
+        if not own:
+            continue
         baselines = [entry for entry in table.entries if entry.is_baseline]
         told = terminal(replace(table, entries=own + baselines))
-        texts.append(f"{table.benchmark}: {table.about}\n\n```text\n{told}\n```")
+        texts.append(f"{table.name}: {table.about}\n\n```text\n{told}\n```")
     about = "Depth from the image alone, beside baselines that see no image."
     if measured != {hashes[0]}:
         about += f" Measured on weights {hashes[1]}: these, before the cast to the dtype here."

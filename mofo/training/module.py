@@ -161,10 +161,10 @@ class ModalityForcing(LightningModule):
 
         # Independent times are the method: one model learns every conditional at once.
         t_image, t_depth = self.objective.times(len(image), rng)
-        depth, valid = self.codec.encode(batch.metres, batch.valid)
+        metres = self.objective.filled(batch.metres, batch.valid)
+        depth, valid = self.codec.encode(metres, batch.valid)
         image_t, v_target = flow.corrupt(image, t_image, rng)
-        mean = self.codec.depth_value_scale
-        depth_t = self.objective.corrupt_depth(depth, valid, t_depth, mean, rng)
+        depth_t = self.objective.corrupt_depth(depth, valid, t_depth, rng)
 
         v_image, x_depth = self.dit(text, image_t, depth_t, t_image, t_depth, grid=batch.grid)
         v_teacher = self.teacher and self.teacher(text, image_t, t_image, grid=batch.grid)

@@ -9,10 +9,9 @@ Published layout (docs/train.md and moge/utils/io.py of github.com/microsoft/MoG
     INSTANCE/depth.png          16 bit, logarithmic, text chunks near, far and, in old files, unit
     INSTANCE/meta.json          "intrinsics": 3x3, in units of image width and height
 
-A code n of 1..65534 is near^(1 - u) far^u with u = (n - 1) / 65533; 0 is unknown, 65535 infinitely
-far: sky outdoors. The layout does not say its unit: `unit`, metres per unit of depth, does (1 for
-Hypersim, 0.001 for ARKitScenes: depth_unit in configs/train/v2.json there); without it the set is
-not metric.
+`mofo.data.logdepth` says what a code means. The layout does not say its unit: `unit`, metres per
+unit of depth, does (1 for Hypersim, 0.001 for ARKitScenes: depth_unit in configs/train/v2.json
+there); without it the set is not metric.
 """
 
 import json
@@ -22,12 +21,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64
-from PIL import Image
+from jaxtyping import Float64
 
+from mofo.data.logdepth import decode_log_depth
 from mofo.data.sample import Sample, decode_image
 
-VERSION = 1
+VERSION = 2
 LICENCE = "unknown"
 
 
@@ -73,7 +72,7 @@ def find(
 
 def read(item: Item) -> Iterator[Sample]:
     """The instance; nothing if no depth in it is known."""
-    metres, valid, sky = _read_depth(item.folder / item.depth, item.unit or 1.0)
+    depth, valid, sky = decode_log_depth(item.folder / item.depth)
     if not valid.any():
         return
     image_bytes = (item.folder / "image.jpg").read_bytes()
@@ -81,7 +80,7 @@ def read(item: Item) -> Iterator[Sample]:
     yield Sample(
         key=item.key,
         image=image,
-        metres=metres,
+        metres=depth * np.float32(item.unit or 1.0),
         valid=valid,
         # A map without a single infinite pixel may come from a set that labels none.
         sky=sky if sky.any() else None,
@@ -91,29 +90,6 @@ def read(item: Item) -> Iterator[Sample]:
         licence=item.licence,
         image_bytes=image_bytes,
     )
-
-
-def _read_depth(
-    path: Path, unit: float
-) -> tuple[Float32[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
-    with Image.open(path) as image:
-        if not image.mode.startswith("I") or not {"near", "far"} <= image.info.keys():
-            raise ValueError(
-                f"{path} has mode {image.mode} and texts {sorted(image.info)}, but MoGe's depth is "
-                "a 16-bit PNG with near and far; write it with MoGe's write_depth"
-            )
-        near, far = float(image.info["near"]), float(image.info["far"])
-        unit *= float(image.info.get("unit", 1))
-        codes = np.array(image)
-    if not (0 < near <= far < np.inf and 0 < unit < np.inf):
-        raise ValueError(
-            f"{path} spans {near} to {far} in units of {unit}, but must span positive numbers; "
-            "write it again"
-        )
-    valid = (codes > 0) & (codes < 65535)
-    share = (codes - 1.0) / 65533
-    metres = near ** (1 - share) * far**share * unit
-    return np.where(valid, metres, 0).astype(np.float32), valid, codes == 65535
 
 
 def _read_intrinsics(path: Path, height: int, width: int) -> Float64[np.ndarray, "3 3"]:

@@ -1,0 +1,405 @@
+"""Models of both kinds, files and baselines: what is asked of them, and what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from judged import MODEL, ROW, SAMPLES, SCALE, depths, go, listed, sample, timeless
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertModel,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTConfig,
+    DPTForDepthEstimation,
+)
+from transformers import DPTImageProcessorPil as Processor
+
+from evaluate import evaluate
+from mofo.data.write import write
+from mofo.evaluation.calibration import calibration
+from mofo.evaluation.contender import Contender
+from mofo.evaluation.kept import keeping, of_files
+from mofo.evaluation.lines import read_lines
+from mofo.evaluation.predictors import (
+    Prediction,
+    Predictor,
+    constant,
+    mean_map,
+    of_release,
+    of_transformers,
+    shown_at,
+)
+from mofo.evaluation.protocol import Fit, Protocol
+from mofo.model import weights
+
+ROOT = Path(__file__).parents[1]
+KEYS = [one.key for one in SAMPLES]
+PICTURES = [np.random.default_rng(k).integers(0, 256, (30, 40 + k, 3), np.uint8) for k in (0, 0, 5)]
+
+
+def test_a_predictor_declares_its_kind_and_gives_one_map_per_image() -> None:
+    with pytest.raises(ValueError, match="predictions of x are is 'depth'.*metric.*disparity"):
+        Predictor(name="x", kind="depth", predict=constant.predict)
+    short = Predictor(name="x", kind="scale", predict=lambda images, keys: [])
+    with pytest.raises(ValueError, match="x gave 0 depth maps for 3 images"):
+        short(PICTURES, ["a", "b", "c"])
+
+
+def test_mean_map_is_the_mean_of_unit_mean_depth_at_measured_pixels() -> None:
+    depth = np.array([[1, 3], [2, 2]], np.float32)
+    image = np.zeros((2, 2, 3), np.uint8)
+    valid = np.array([[True, True], [True, False]])
+    first = sample(0, image=image, metres=depth, valid=np.ones((2, 2), bool))
+    second = sample(1, image=image, metres=10 * depth, valid=valid)
+    none = sample(2, metres=None, valid=None)
+    [got] = mean_map([first, second, none], side=2)([image], ["x"])
+    assert np.allclose(got.depth, [[0.5, 1.5], [1.0, 1.0]])
+    large = np.zeros((4, 6, 3), np.uint8)
+    assert mean_map([first], side=2)([large], ["x"])[0].depth.shape == (4, 6)
+
+
+def test_mean_map_weighs_images_equally_and_predicts_one_where_nothing_was_measured() -> None:
+    low = np.zeros((8, 8), bool)
+    low[4:] = True
+    metres = np.tile(np.array([1.0, 3.0], np.float32).repeat(4), (8, 1))
+    image = np.zeros((8, 8, 3), np.uint8)
+    one = sample(0, image=image, metres=metres, valid=low)
+    [got] = mean_map([one], side=2)([np.zeros((2, 2, 3), np.uint8)], ["x"])
+    assert np.allclose(got.depth, [[1, 1], [0.5, 1.5]])
+
+
+def test_a_training_set_without_depth_has_no_mean_map() -> None:
+    with pytest.raises(ValueError, match="no measured depth"):
+        mean_map([sample(0, metres=None, valid=None)])
+
+
+def test_a_releases_noise_follows_the_key_and_untrusted_pixels_have_no_depth() -> None:
+    asked = {}
+
+    def image_to_depth(images, *, seeds, **how):
+        asked.update(zip("ab"[: len(images)], seeds, strict=True), how=how)
+        depth = np.ones((2, 2), np.float32)
+        grey = [image[0, 0, 0] for image in images]
+        return [
+            SimpleNamespace(depth=depth, valid=depth > g, uncertainty=0.1 * depth) for g in grey
+        ]
+
+    mofo = SimpleNamespace(image_to_depth=image_to_depth, dtype=torch.float32, weights_hash="f00d")
+    predictor = of_release(mofo, name="mofo", num_steps=4, ensemble=2, fit="stretch", size=[8, 16])
+    images = [np.full((2, 2, 3), grey, np.uint8) for grey in (0, 9)]
+    first, second = predictor(images, ["one", "two"])
+    assert (first.depth == 1).all()
+    assert np.isnan(second.depth).all()
+    assert first.uncertainty == pytest.approx(0.1)
+    together = dict(asked)
+    predictor(images[1:], ["two"])
+    assert asked["a"] == together["b"] != together["a"]
+    assert asked["how"] == {"num_steps": 4, "ensemble": 2, "fit": "stretch", "size": (8, 16)}
+    assert (predictor.kind, predictor.weights) == ("scale", "f00d")
+    assert predictor.settings["seed"] == 0
+
+
+def test_pictures_are_shown_at_the_size_of_the_rule_and_predictions_brought_back() -> None:
+    seen = []
+
+    def make(image, key):
+        seen.append(image.shape)
+        depth = image.mean(2)
+        depth[:2] = np.nan
+        return depth
+
+    ramp = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (40, 1))[..., None].repeat(3, 2)
+    [made] = shown_at(depths(make), 30)([ramp], ["x"])
+    assert seen == [(20, 30, 3)]
+    assert made.depth.shape == (40, 60)
+    finite = np.isfinite(made.depth)
+    assert not finite[:3].any()
+    assert finite[6:].all()
+    assert np.abs(made.depth[6:] - ramp[6:, :, 0]).max() < 5
+    assert shown_at(constant, None) is constant
+
+
+def save(network, folder: Path, size: int = 28) -> Path:
+    network.save_pretrained(folder)
+    Processor(size={"height": size, "width": size}, ensure_multiple_of=14).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def depth_anything(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    backbone = Dinov2Config(
+        hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16,
+        image_size=28, patch_size=14, out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
+        apply_layernorm=True,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, patch_size=14, reassemble_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5], neck_hidden_sizes=[4, 4, 4, 4], fusion_hidden_size=4,
+        head_hidden_size=4,
+    )  # fmt: skip
+    network = DepthAnythingForDepthEstimation(config)
+    return save(network, tmp_path_factory.mktemp("models") / "depth-anything")
+
+
+@pytest.fixture(scope="module")
+def dpt(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = DPTConfig(
+        hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16,
+        image_size=32, patch_size=16, backbone_out_indices=[0, 1, 2, 3], is_hybrid=False,
+        neck_hidden_sizes=[4, 4, 4, 4], fusion_hidden_size=4,
+    )  # fmt: skip
+    return save(DPTForDepthEstimation(config), tmp_path_factory.mktemp("models") / "dpt", size=32)
+
+
+@pytest.mark.parametrize("name", ["depth_anything", "dpt"])
+def test_a_depth_model_of_transformers_predicts_at_the_size_of_each_picture(request, name) -> None:
+    folder = request.getfixturevalue(name)
+    predictor = of_transformers(folder, name="theirs", kind="disparity")
+    made = predictor(PICTURES, ["a", "b", "c"])
+    assert [one.depth.shape for one in made] == [(30, 40), (30, 40), (30, 45)]
+    assert all(np.isfinite(one.depth).all() for one in made)
+    assert np.array_equal(made[0].depth, made[1].depth)
+    [alone] = predictor(PICTURES[2:], ["c"])
+    assert np.allclose(alone.depth, made[2].depth, rtol=1e-5)
+    assert predictor.weights == weights.digest(folder)
+    assert made[0].depth.std() > 0
+
+
+def test_a_depth_model_runs_and_is_reported_in_its_own_space(tmp_path, depth_anything) -> None:
+    fit = Fit(alignment="disparity", predicts=["disparity"], floor=1e-3, positive_only=True)
+    protocol = Protocol(id="test@1", about="", fits={"disparity": fit})
+    contender = Contender(model=str(depth_anything), kind="disparity")
+    judged = contender.predictor(ROW, listed(SAMPLES))
+    lines = go(tmp_path, predictors=[judged], protocol=protocol)
+    assert len(lines) == 7
+    for line in lines:
+        assert (line["predictor"], line["kind"]) == ("depth-anything", "disparity")
+        # a random network's disparity may be negative everywhere: then that is what is said
+        assert line["fits"] or "positive" in line["failed"]
+
+
+def test_what_a_depth_model_predicts_must_be_said(depth_anything) -> None:
+    with pytest.raises(ValueError, match="depth-anything are is not said; say kind="):
+        Contender(model=str(depth_anything)).predictor(ROW, listed(SAMPLES))
+    with pytest.raises(ValueError, match="kind is metric, but small is a mofo release"):
+        Contender(model="small", kind="metric").predictor(ROW, listed(SAMPLES))
+
+
+def test_a_depth_model_without_all_of_its_weights_is_refused(tmp_path, depth_anything) -> None:
+    tensors = weights.read_tensors(depth_anything / "model.safetensors")
+    lost = sorted(tensors)[0]
+    for path in depth_anything.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rest = {name: tensor for name, tensor in tensors.items() if name != lost}
+    weights.write_tensors(rest, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 of the tensors .*{lost}"):
+        of_transformers(tmp_path, name="x", kind="disparity")
+
+
+def test_a_model_that_is_none_of_depth_is_refused(tmp_path) -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    save(BertModel(config), tmp_path)
+    with pytest.raises(ValueError, match="cannot be loaded as a depth model of transformers"):
+        of_transformers(tmp_path, name="x", kind="disparity")
+
+
+def test_an_unknown_model_is_refused_at_once_offline(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("nobody/nothing", str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match=f"there is no folder {name}"):
+            Contender(model=name, kind="disparity").predictor(ROW, listed(SAMPLES))
+
+
+def test_another_contender_takes_over_how_to_ask_but_not_what_it_is() -> None:
+    first = Contender(model="a", kind="disparity", num_steps=4, seed=3, label="first")
+    assert first.another("b", "folder") == Contender(model="folder", num_steps=4, seed=3, label="b")
+    second = first.another("c", {"model": "d", "kind": "metric", "seed": 1})
+    assert (second.kind, second.seed, second.num_steps) == ("metric", 1, 4)
+    with pytest.raises(ValueError, match="also={e: ...} has modell, but accepted are: model, pred"):
+        first.another("e", {"modell": "d"})
+    with pytest.raises(ValueError, match="needs a model or predictions"):
+        first.another("e", {"kind": "scale"})
+
+
+# Predictions as files
+
+
+@pytest.fixture
+def uncertain() -> Predictor:
+    def predict(images, keys):
+        depth = [image.mean(2) / 300 + 1 for image in images]
+        for one in depth:
+            one[0, 0] = np.nan
+        return [Prediction(depth=x, uncertainty=np.abs(np.sin(9 * x)) + 0.01) for x in depth]
+
+    settings = {"num_steps": 4}
+    return Predictor(
+        name="my model", kind="scale", predict=predict, weights="f00d", settings=settings
+    )
+
+
+def test_predictions_that_a_run_kept_are_scored_to_the_same_numbers(tmp_path, uncertain) -> None:
+    kept = keeping(uncertain, tmp_path / "run" / "predictions", ROW.name)
+    first = go(tmp_path / "run", predictors=[kept])
+    folder = tmp_path / "run" / "predictions" / "my model"
+    again = of_files(folder, set_name=ROW.name, keys=KEYS)
+    assert timeless(go(tmp_path / "again", predictors=[again])) == timeless(first)
+    assert all(line["uncertainty"]["correlation"] for line in first)
+    other = {"protocol": Protocol(id="scale@1", about="", fits={"scale": SCALE})}
+    direct = go(tmp_path / "direct", predictors=[uncertain], **other)
+    rescored = go(tmp_path / "rescored", predictors=[again], **other)
+    for one, two in zip(direct, rescored, strict=True):
+        assert two["fits"]["scale"]["absrel"] == pytest.approx(one["fits"]["scale"]["absrel"], 1e-3)
+        assert one["num_nonfinite"] == two["num_nonfinite"]
+        assert two["weights"] == "f00d"
+
+
+def test_kept_predictions_have_half_precision_unless_that_would_lose_them(tmp_path) -> None:
+    for number, (scale, dtype) in enumerate([(1.0, "f2"), (1e5, "f4"), (1e-6, "f4")]):
+        far = depths(lambda image, key, scale=scale: np.full((16, 20), scale))
+        kept = keeping(far, tmp_path, f"set {number}")
+        go(tmp_path / f"run {number}", predictors=[kept])
+        with np.load(tmp_path / "model" / f"set {number}" / "image_3.npz") as archive:
+            assert archive["depth"].dtype == dtype
+            assert np.allclose(archive["depth"], scale)
+
+
+def plain_files(folder: Path, suffix: str) -> Path:
+    folder.mkdir()
+    for one in SAMPLES:
+        millimetres = np.where(one.valid, one.metres * 1000, 0).astype(np.uint16)
+        if suffix == ".png":
+            Image.fromarray(millimetres).save(folder / f"{one.key}.png")
+        elif suffix == ".npy":
+            np.save(folder / f"{one.key}.npy", millimetres[None].astype(np.float32))
+        else:
+            np.savez(folder / f"{one.key}.npz", depth=millimetres.astype(np.float32))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".npz"])
+def test_files_of_others_are_read(tmp_path, suffix) -> None:
+    folder = plain_files(tmp_path / "theirs", suffix)
+    unit = 0.001 if suffix == ".png" else None
+    names = {"set_name": "rooms", "keys": KEYS, "kind": "scale"}
+    lines = go(tmp_path / "run", predictors=[of_files(folder, **names, unit=unit)])
+    assert [line["predictor"] for line in lines] == ["theirs"] * 7
+    assert all(line["fits"]["affine"]["absrel"] < 1e-3 for line in lines)
+    assert all(line["weights"] for line in lines)
+    before = of_files(folder, **names, unit=unit).weights
+    assert before == lines[0]["weights"]
+    one = folder / f"image_2{suffix}"
+    one.write_bytes(one.read_bytes()[:-1] + b"!")
+    assert of_files(folder, **names, unit=unit).weights != before
+
+
+def test_a_missing_or_broken_file_is_a_failed_image(tmp_path) -> None:
+    folder = plain_files(tmp_path / "theirs", ".npy")
+    (folder / "image_2.npy").unlink()
+    (folder / "image_4.npy").write_bytes(b"nothing")
+    theirs = of_files(folder, set_name="rooms", keys=KEYS, kind="scale")
+    failed = {
+        x["key"]: x["failed"] for x in go(tmp_path / "run", predictors=[theirs]) if x["failed"]
+    }
+    assert set(failed) == {"image_2", "image_4"}
+    assert "there is no" in failed["image_2"]
+    assert "image_2.npz, .npy or .png" in failed["image_2"]
+
+
+def test_files_whose_numbers_say_nothing_are_refused(tmp_path) -> None:
+    pngs = plain_files(tmp_path / "pngs", ".png")
+    names = {"set_name": "rooms", "keys": KEYS}
+    with pytest.raises(ValueError, match="pngs are is not said; say kind="):
+        of_files(pngs, **names)
+    with pytest.raises(ValueError, match="give unit=0.001 for millimetres"):
+        of_files(pngs, **names, kind="metric")
+    with pytest.raises(ValueError, match="no prediction for rooms.*7 files.*image_0.npy, image_1"):
+        of_files(tmp_path, **names, kind="metric")
+    with pytest.raises(ValueError, match="there is no folder"):
+        of_files(tmp_path / "nothing", **names, kind="metric")
+    keeping(MODEL, tmp_path, "rooms")
+    with pytest.raises(ValueError, match="was written with kind=scale, but kind is metric now"):
+        of_files(tmp_path / "model", **names, kind="metric")
+
+
+def test_a_file_of_another_size_is_a_failed_image(tmp_path) -> None:
+    folder = plain_files(tmp_path / "theirs", ".npy")
+    np.save(folder / "image_2.npy", np.ones((8, 10)))
+    theirs = of_files(folder, set_name="rooms", keys=KEYS, kind="scale")
+    [line] = [x for x in go(tmp_path / "run", predictors=[theirs]) if x["failed"]]
+    assert line["failed"] == "prediction is 8 x 10, truth is 16 x 20"
+
+
+# Calibration
+
+
+def test_an_uncertainty_that_is_the_error_is_perfect_and_one_of_chance_is_not() -> None:
+    rng = np.random.default_rng(0)
+    error = rng.exponential(1, 20_000)
+    perfect = calibration(error, error)
+    assert perfect["ause"] == pytest.approx(0, abs=1e-12)
+    assert perfect["correlation"] == pytest.approx(1)
+    assert perfect["error"] == perfect["uncertainty"] == sorted(perfect["error"])
+    assert np.mean(perfect["error"]) == pytest.approx(error.mean())
+    chance = calibration(rng.random(20_000), error)
+    assert abs(chance["correlation"]) < 0.03
+    # what is left keeps its mean by chance; the oracle leaves the k smallest tenths
+    ranked = np.sort(error)
+    oracle = np.mean([ranked[: 2000 * k].mean() for k in range(1, 11)])
+    assert chance["ause"] == pytest.approx(1 - oracle / error.mean(), abs=0.03)
+    reverse = calibration(-error, error)
+    assert reverse["correlation"] == pytest.approx(-1)
+    assert reverse["ause"] > chance["ause"] > 0.3
+
+
+def test_equal_uncertainties_have_no_correlation_and_few_pixels_no_calibration() -> None:
+    assert calibration(np.ones(50), np.arange(50.0))["correlation"] == 0
+    assert calibration(np.arange(50.0), np.zeros(50))["ause"] == 0
+    assert calibration(np.ones(9), np.ones(9)) is None
+
+
+# The command
+
+
+def test_the_command_scores_dumps_and_scores_again(tmp_path) -> None:
+    write([sample(n, (64, 64)) for n in range(3)], tmp_path / "set", "set")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        shared = ["eval=small", "captions=[]", "device=cpu", "batch_size=2", "eval.rows=[]"]
+        first = compose(
+            "evaluate", [*shared, f"run_dir={tmp_path / 'a'}", "dump=true", "ensemble=2"]
+        )
+        kept = tmp_path / "a" / "predictions" / "mofo"
+        again = compose("evaluate", [*shared, f"run_dir={tmp_path / 'b'}", f"predictions={kept}"])
+    row = {
+        "_target_": "mofo.evaluation.benchmark.Row",
+        "name": "rooms",
+        "shards": f"{tmp_path}/set",
+    }
+    first.eval.rows = again.eval.rows = [row]
+    assert "mofo" in evaluate(first)
+    assert "mofo" in evaluate(again)
+    lines, others = (read_lines(tmp_path / name) for name in "ab")
+    assert [line["predictor"] for line in lines] == ["mofo"] * 3 + ["constant"] * 3
+    assert all(line["uncertainty"] for line in lines[:3])
+    for one, two in zip(lines, others, strict=True):
+        same = ("fits", "uncertainty", "predictor", "weights", "num_valid", "list_sha256")
+        assert {name: one[name] for name in same} == {name: two[name] for name in same}
+    assert json.loads((kept / "predictor.json").read_text())["settings"]["ensemble"] == 2
+
+
+def test_a_set_that_the_protocol_does_not_define_is_refused() -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("evaluate", ["eval=marigold", "sets=[Sintel]"])
+        elsewhere = compose("evaluate", ["eval=marigold", "source={Sintel: x}"])
+    for one in (cfg, elsewhere):
+        with pytest.raises(ValueError, match="does not define the sets Sintel; it defines: NYUv2"):
+            evaluate(one)

@@ -66,7 +66,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if not args.dry:
-        made_by = origin({})
+        made_by = origin()
         with Path("benchmarks/RESULTS.md").open("a") as results:
             results.write("\n## Checkpoints\n\n")
             results.write(f"`{made_by.command}`, commit {made_by.commit}, {made_by.machine}\n\n")

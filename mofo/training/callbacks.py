@@ -17,10 +17,11 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from mofo import picture
+from mofo.alignment import ALIGNMENTS
 from mofo.data.make import make
 from mofo.data.shards import Shards
 from mofo.data.transforms import centre_box, crop_resize
-from mofo.metrics import ALIGNMENTS, score
+from mofo.metrics import score
 from mofo.sampler import sample
 from mofo.training.ema import averaged, averaged_weights
 from mofo.training.export import write

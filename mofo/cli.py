@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEPTHS = (".npy", ".npz", ".png", ".tif", ".tiff", ".exr")
 SLUG_LENGTH = 48  # of the folder named after a prompt
+RESUMABLE = ("convert", "caption")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; 0, or 2 after one line on stderr that says what was wrong."""
+    """Run a command line; 0, 2 after one line on stderr that says what was wrong, 130 on Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser(ACTIONS).parse_args(argv)
     args.line = shlex.join(["mofo", *argv])
@@ -43,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _complain(args.mode, error)
         return 2
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from here" if args.mode in RESUMABLE else ""
+        print(f"\nmofo {args.mode}: stopped{goes_on}", file=sys.stderr)
+        return 130
 
 
 def joint(args: argparse.Namespace) -> int:

@@ -318,3 +318,17 @@ def test_joint_works_offline_with_the_shipped_model(tmp_path: Path) -> None:
     argv = ["joint", "--prompt", "a street with a red car", "--output-dir", str(out), *FEW]
     assert main(argv) == 0
     assert Image.open(only(out) / "rgb.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(("mode", "said"), [("inspect", "stopped\n"), ("convert", "goes on from")])
+def test_ctrl_c_ends_with_one_line(
+    mode: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mofo.data.make.load", interrupt)
+    monkeypatch.setattr("mofo.data.inspect.inspect", interrupt)
+    rest = ["colmap", "--source", "x", "--out", "y"] if mode == "convert" else ["shards"]
+    assert main([mode, *rest]) == 130
+    assert said in capsys.readouterr().err

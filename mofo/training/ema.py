@@ -55,12 +55,6 @@ class EMA(Callback):
             1 - decay,
         )
 
-    def state_dict(self) -> dict:
-        return {"num_updates": self.num_updates, "average": self.average}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.num_updates, self.average = state_dict["num_updates"], state_dict["average"]
-
 
 def averaged(trainer: Any) -> dict[str, Tensor] | None:
     """The EMA of a run, or None if it keeps none; on shards where the weights are."""

@@ -11,15 +11,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from mofo.evaluation import gallery
-from mofo.evaluation.benchmark import Images, Row, choose, open_row, read_samples, training_row
+from mofo.evaluation.benchmark import (
+    Images,
+    Row,
+    check_counts,
+    choose,
+    open_rows,
+    read_samples,
+    training_row,
+)
 from mofo.evaluation.claims import Claims
 from mofo.evaluation.contender import Contender
 from mofo.evaluation.kept import keeping
@@ -29,9 +38,28 @@ from mofo.evaluation.protocol import Protocol
 from mofo.evaluation.report import report
 from mofo.evaluation.run import CLAIMS, Task, origin, run
 
+CONFIGS = Path(__file__).parent / "configs"
 build = partial(instantiate, _convert_="all")
 TYPED = " ".join(["python", *sys.argv])
+OF_A_SET = ("source", "count", "list_sha256")
 ASKED = ("predictions", "kind", "unit", "num_steps", "ensemble", "seed", "fit", "size", "label")
+
+
+def commented() -> str:
+    """What --help prints: evaluate.yaml down to where Hydra's own keys begin, and the protocols."""
+    head, _, keys = (CONFIGS / "evaluate.yaml").read_text().partition("defaults:\n")
+    keys = keys[keys.index("\nname:") : keys.index("\nhydra:")]
+    evals = ""
+    for path in sorted(CONFIGS.glob("eval/*.yaml")):
+        comment = path.read_text().partition("\ndefaults:")[0].replace("# ", "")
+        sentence = comment.replace("\n", " ").partition(". ")[0].rstrip(".")
+        evals += fill(f"  {path.stem:16}{sentence}", 100, subsequent_indent=" " * 18) + "\n"
+    head = head.replace("# ", "")
+    return f"{head}\neval=NAME, one of:\n{evals}\nKEY=VALUE, with what holds otherwise:\n{keys}"
+
+
+# A template's own fields begin with $.
+OmegaConf.register_new_resolver("commented", lambda: commented().replace("$", "$$"), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
@@ -44,14 +72,19 @@ def main(cfg: DictConfig) -> None:
 
 def evaluate(cfg: DictConfig) -> str:
     """Run what the config says and write the report; returns its tables."""
+    check_name(str(cfg.name))
+    check_counts(workers=cfg.workers)
     folder, chosen = Path(cfg.run_dir), build(cfg)
     protocol, rows = chosen["eval"]["protocol"], chosen["eval"]["rows"]
-    opened = [(row, open_row(row)) for row in wanted(rows, protocol, chosen)]
     asked = {name: chosen[name] for name in (*ASKED, "device", "batch_size")}
     first = Contender(model=cfg.release, **asked)
     others = [first.another(*other) for other in (chosen["also"] or {}).items()]
-    tasks = []
-    for row, images in opened:
+    picked = list(wanted(rows, protocol, chosen))
+    for row in picked:
+        for contender in (first, *others):  # before sets are made and weights loaded
+            protocol.fits_for(contender.predicts, is_metric=row.metric)
+    opened, tasks = open_rows(picked), []
+    for row, images in zip(picked, opened, strict=True):
         judged = [contender.predictor(row, images) for contender in (first, *others)]
         if cfg.dump:
             judged = [keeping(one, folder / "predictions", row.name) for one in judged]
@@ -63,17 +96,32 @@ def evaluate(cfg: DictConfig) -> str:
         workers=cfg.workers, retry=cfg.retry)  # fmt: skip
     title = f"{tasks[0].predictors[0].name}: depth from one image"
     with Claims(folder / CLAIMS).claim("sections") as ours:  # one process of many draws them
-        made = list(sections(cfg, first, opened[0][1], folder)) if ours else []
+        made = list(sections(cfg, first, opened[0], folder)) if ours else []
         return report(folder, title=title, sections=made)
+
+
+def check_name(name: str) -> None:
+    """Refuse what would lead out of the folder of all runs."""
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(
+            f"name is {name!r}, but must be the plain name of a folder, without / and \\; another "
+            "place is said with run_dir=PATH"
+        )
 
 
 def wanted(rows: Sequence[Row], protocol: Protocol, cfg: Mapping[str, Any]) -> Iterator[Row]:
     """The rows chosen, with what the command line says of them."""
-    sources = cfg["source"] or {}
-    choose(rows, list(sources), protocol.id)  # refuses names of no set
+    own: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
+    for field in OF_A_SET:
+        given = cfg[field] or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{field} is {given!r}, but must name sets: '{field}={{SET: VALUE}}'")
+        choose(rows, list(given), protocol.id)  # refuses names of no set
+        for name, value in given.items():
+            own[name][field] = value
+    limit = {} if cfg["limit"] is None else {"limit": cfg["limit"]}
     for row in choose(rows, cfg["sets"], protocol.id):
-        source, limit = sources.get(row.name, row.source), cfg["limit"] or row.limit
-        yield replace(row, source=source, limit=limit)
+        yield replace(row, **limit, **own[row.name])
 
 
 def baselines(row: Row, protocol: Protocol) -> Iterator[Predictor]:

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-HASHES = {"NYUv2": "d9a47a15" + "0" * 56, "KITTI": "8d0499af" + "1" * 56}
+HASHES = {
+    "NYUv2": "d9a47a1568b7d70a737a4bc75a49e66827b8e354219e9eee332676dbaee34a69",
+    "KITTI": "8d0499af9ab4c0d1cd7944d572b0e0e4412feab1e73f4003038426fde699b53a",
+}
 FIT = {
     "alignment": "affine", "predicts": ["metric", "scale", "affine"], "grid": None,
     "max_resolution": {}, "floor": None, "positive_only": False, "metric_truth": False,
@@ -29,7 +32,13 @@ MOGE = MARIGOLD | {
         "disparity": FIT | {"alignment": "disparity", "predicts": ["metric", "scale", "disparity"]},
     },
 }
-ROW = {"about": "Made up.", "low": 1e-3, "high": 10.0, "source": "/data", "limit": None}
+ROW = {
+    "about": "Made up.", "low": 1e-3, "high": 10.0, "source": "/data", "limit": None,
+    "reader": "pairs", "region": "nyu_eigen", "crop": None, "size": None, "metric": True,
+}  # fmt: skip
+MOGE_ROW = ROW | {
+    "low": None, "high": None, "reader": "moge", "region": None, "size": [480, 640],
+}  # fmt: skip
 
 
 def lines_of(
@@ -65,6 +74,7 @@ def lines_of(
             "num_valid": 0 if why else 1000 + index, "num_nonfinite": 0, "num_nonpositive": 0,
             "failed": why, "uncertainty": _spread(absrel[0]) if uncertain else None,
             "credit": "made for a test, none", "licence": "none", "weights": weights,
+            "metric": True,
             "predictor_settings": {}, "list_sha256": HASHES.get(set_name, "ab" * 32),
             "list_count": num, "row": ROW, "settings": settings,
             "command": "python evaluate.py", "commit": "abc", "machine": "one core",

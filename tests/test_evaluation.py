@@ -31,6 +31,7 @@ from mofo.data.convert.samples import find, read
 from mofo.data.write import write
 from mofo.evaluation.benchmark import Row, read_samples, training_row
 from mofo.evaluation.claims import Claims
+from mofo.evaluation.kept import of_files
 from mofo.evaluation.lines import LINES, identity, read_lines
 from mofo.evaluation.pictures import PICTURES
 from mofo.evaluation.predictors import Prediction, Predictor, constant
@@ -249,6 +250,23 @@ def test_failed_images_are_tried_again_only_when_asked(tmp_path) -> None:
     assert not any(line["failed"] for line in lines)
 
 
+def test_predictions_whose_files_changed_are_refused_with_retry_too_and_it_is_said(
+    tmp_path,
+) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for one in SAMPLES[:-1]:
+        np.save(folder / f"{one.key}.npy", one.metres)
+    names = {"set_name": "rooms", "keys": [one.key for one in SAMPLES], "kind": "scale"}
+    lines = go(tmp_path / "run", predictors=[of_files(folder, **names)])
+    assert [line["failed"] is None for line in lines] == [True] * 6 + [False]
+    np.save(folder / f"{SAMPLES[-1].key}.npy", SAMPLES[-1].metres)
+    words = "predictions= a file was then added, removed or changed.*retry=true does not.*name="
+    with pytest.raises(ValueError, match=words):
+        go(tmp_path / "run", predictors=[of_files(folder, **names)], retry=True)
+    assert not any(line["failed"] for line in go(tmp_path, predictors=[of_files(folder, **names)]))
+
+
 def test_whoever_interrupts_stops_the_run_and_leaves_no_claim(tmp_path) -> None:
     def interrupt(images, keys):
         raise KeyboardInterrupt
@@ -454,7 +472,8 @@ def test_the_reports_numbers_on_real_photographs_are_those_of_independent_arithm
 ) -> None:
     source = Path(__file__).parents[1] / "data"
     found = find(source / "samples", keys=str(source / "splits" / "real_test.txt"))
-    samples = [one for item in found for one in read(item)]
+    # all in metres, as only one unit has a mean RMSE
+    samples = [replace(one, metric=True) for item in found for one in read(item)]
     predictor = flawed(samples)
     go(tmp_path, samples, [predictor])
     report(tmp_path)

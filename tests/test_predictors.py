@@ -1,7 +1,10 @@
 """Models of both kinds, files and baselines: what is asked of them, and what is refused."""
 
+import io
 import json
+import re
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +12,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from judged import MODEL, ROW, SAMPLES, SCALE, depths, go, listed, sample, timeless
+from omegaconf import DictConfig
 from PIL import Image
+from published import codes, picture, tar
 from transformers import (
     BertConfig,
     BertModel,
@@ -313,6 +318,20 @@ def test_a_missing_or_broken_file_is_a_failed_image(tmp_path) -> None:
     assert set(failed) == {"image_2", "image_4"}
     assert "there is no" in failed["image_2"]
     assert "image_2.npz, .npy or .png" in failed["image_2"]
+    assert "image_4.npy cannot be read (it is no file of np.save or" in failed["image_4"]
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.png"])
+def test_a_broken_file_is_named_and_nobody_told_to_unpickle_it(tmp_path, name) -> None:
+    theirs = {"set_name": "rooms", "keys": ["a"], "kind": "scale", "unit": 1}
+    whole = io.BytesIO()
+    np.savez(whole, depth=np.ones((9, 9)))
+    for data in (b"\x80garbage", b"PK\3\4 garbage", whole.getvalue()[:-40]):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{tmp_path / name} cannot be read") as caught:
+            of_files(tmp_path, **theirs)(PICTURES[:1], ["a"])
+        assert "pickle" not in str(caught.value)
+        assert " at 0x" not in str(caught.value)
 
 
 def test_files_whose_numbers_say_nothing_are_refused(tmp_path) -> None:
@@ -394,6 +413,100 @@ def test_the_command_scores_dumps_and_scores_again(tmp_path) -> None:
         same = ("fits", "uncertainty", "predictor", "weights", "num_valid", "list_sha256")
         assert {name: one[name] for name in same} == {name: two[name] for name in same}
     assert json.loads((kept / "predictor.json").read_text())["settings"]["ensemble"] == 2
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("evaluate", list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("limit=-1", "limit is -1, but must be a whole number, 1 or more"),
+        ("limit=0", "limit is 0, but must be"),
+        ("batch_size=0", "batch_size is 0, but must be"),
+        ("workers=0", "workers is 0, but must be"),
+        ("num_steps=0", "num_steps is 0, but must be"),
+        ("ensemble=0", "ensemble is 0, but must be"),
+        ("name=../x", "name is '../x', but must be the plain name of a folder"),
+        ("name=..", "name is '..', but must be"),
+        ("count=3", "count is 3, but must name sets: 'count={SET: VALUE}'"),
+    ],
+)
+def test_what_means_nothing_is_refused_before_anything_is_made(tmp_path, override, words) -> None:
+    cfg = composed(f"paths.runs={tmp_path / 'runs'}", override)
+    cfg.eval.rows = [{**ROOMS, "shards": str(tmp_path / "none")}]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        evaluate(cfg)
+    assert not list(tmp_path.iterdir())
+
+
+ROOMS = {"_target_": "mofo.evaluation.benchmark.Row", "name": "rooms"}
+
+
+def test_a_kind_that_the_protocol_cannot_score_is_refused_before_weights_are_loaded(
+    tmp_path, monkeypatch, depth_anything
+) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("mofo.evaluation.contender.Mofo.load", refuse)
+    monkeypatch.setattr("mofo.evaluation.contender.of_transformers", refuse)
+    shared = [f"run_dir={tmp_path / 'run'}", "eval=scale"]
+    for asked in (
+        [f"release={depth_anything}", "kind=disparity"],
+        [f"also={{theirs: {{model: {depth_anything}, kind: disparity}}}}"],
+    ):
+        with pytest.raises(ValueError, match="scale@1 scores .*, not disparity"):
+            evaluate(composed(*shared, *asked))
+    with pytest.raises(ValueError, match="metric@1 scores .*, not scale"):
+        evaluate(composed(f"run_dir={tmp_path / 'run'}", "eval=metric"))
+    keeping(MODEL, tmp_path, "NYUv2")
+    with pytest.raises(ValueError, match="metric@1 scores .*, not scale"):
+        evaluate(composed(f"run_dir={tmp_path}", "eval=metric", f"predictions={tmp_path}/model"))
+
+
+@pytest.mark.parametrize("eval_name", ["marigold", "scale"])
+def test_the_remedies_in_errors_can_be_typed(tmp_path, eval_name) -> None:
+    """Another list and another count are accepted by what their errors say to type."""
+    source, truth = tmp_path / "kitti.tar", sample(0, (352, 1216))
+    files = {"d/a.png": picture(1, (352, 1216)), "d/b.png": codes((352, 1216), {(200, 600): 900})}
+    tar(source, files)
+    folder = tmp_path / "kitti"
+    folder.mkdir()
+    (folder / "eigen_test_files_with_gt.txt").write_text("d/a.png d/b.png 1")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    np.save(theirs / "d_a.npy", truth.metres)
+    asked = [
+        f"eval={eval_name}", f"run_dir={tmp_path / 'run'}", f"predictions={theirs}", "kind=scale",
+        f"paths.benchmarks={tmp_path}", "sets=[KITTI]", f"source={{KITTI: {source}}}",
+    ]  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(ValueError, match="KITTI") as caught:
+            evaluate(composed(*asked))
+        [typed] = re.findall(r"'((?:count|list_sha256)=[^']*)'", str(caught.value))
+        asked.append(typed)
+    assert asked[-2:] == ["list_sha256={KITTI: null}", "count={KITTI: 1}"]
+    assert "theirs" in evaluate(composed(*asked))
+    assert read_lines(tmp_path / "run")[0]["failed"] is None
+
+
+def test_help_teaches_the_keys_of_this_command_and_no_others() -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("evaluate", return_hydra_config=True)
+    said = Template(cfg.hydra.help.template).substitute()  # as Hydra does
+    assert "python evaluate.py model=small eval=small" in said
+    for key in set(composed()) - {"eval"}:
+        assert re.search(rf"^{key}: ", said, re.MULTILINE) or key in ("captions", "paths"), key
+    for path in (ROOT / "configs" / "eval").glob("*.yaml"):
+        assert re.search(rf"^  {path.stem} +\w", said, re.MULTILINE), path
+    assert "a plain folder name" in said
+    assert "370m" not in said
+    assert "override hydra" not in said
+    assert len(said.splitlines()) < 90
+    assert max(map(len, said.splitlines())) <= 100
 
 
 def test_a_set_that_the_protocol_does_not_define_is_refused() -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_lines import FIT, HASHES, MARIGOLD, MOGE, ROW, lines_of, write_run
-from omegaconf import OmegaConf
 
 from mofo.evaluation.merge import merge, uncompared
-from mofo.evaluation.overview import overviews, published
+from mofo.evaluation.overview import overviews
+from mofo.evaluation.page import _reach, html_page
 from mofo.evaluation.pictures import chosen_keys, draw, picture_folder, picture_paths
+from mofo.evaluation.plots import HEIGHT, TOP, distribution
 from mofo.evaluation.report import SECTIONS, report
 from mofo.evaluation.tables import average, from_plain, tables
 
@@ -113,7 +114,8 @@ def test_a_predictor_that_never_scored_is_listed_in_its_main_table() -> None:
     [table] = tables_of(lines_of("ours"), lines_of("theirs", failed=failed))
     ours, theirs = table.entries
     assert (theirs.num_images, len(theirs.failed), theirs.means) == (0, 20, {})
-    assert table.best("absrel") == ours.means["absrel"]
+    assert ours.is_ranked
+    assert not theirs.is_ranked
     [alone] = tables_of(lines_of("theirs", kind="disparity", failed=failed))
     assert alone.fit == "disparity"
 
@@ -124,64 +126,6 @@ def test_a_fit_that_an_image_lacks_is_named_for_that_image() -> None:
     scale, affine, _ = tables_of(lines)
     assert scale.entries[0].failed == {"image_0004": "the fit 'scale' gave no score"}
     assert not affine.entries[0].failed
-
-
-def test_the_mean_over_sets_is_unweighted_and_a_missing_set_is_named(tmp_path) -> None:
-    large, small = lines_of("whole", num=40), lines_of("whole", num=10, set_name="KITTI", error=0.3)
-    half = lines_of("half", num=40, seed=5)
-    made = tables_of(large, small, half)
-    [seen] = overviews(made)
-    whole, part = seen.rows[0], seen.rows[1]
-    means = [np.mean(absrel_of(large)), np.mean(absrel_of(small))]
-    assert whole.mean.values["absrel"] == pytest.approx(np.mean(means), rel=1e-12)
-    spread = np.hypot(*(absrel_of(x).std() / len(x) ** 0.5 for x in (large, small))) / 2
-    low, high = whole.mean.intervals["absrel"]
-    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.1)
-    assert part.missing == ["KITTI"]
-    assert seen.best(None, "absrel") == whole.mean.values["absrel"]
-    text = report(write_run(tmp_path / "run", large, small, half))
-    assert "mean over fewer sets, not to be compared: half lacks KITTI" in text
-
-
-def test_published_numbers_stand_only_beside_their_own_protocol_and_fit(tmp_path) -> None:
-    text = report(write_run(tmp_path / "marigold", lines_of()))
-    assert "GeoWizard (paper" in text
-    assert "tables 2 and 6" not in text
-    text = report(write_run(tmp_path / "moge", lines_of(settings=MOGE)))
-    assert "GeoWizard (paper" not in text
-    assert text.count("tables 2 and 6") == 3
-    disparity = lines_of(kind="disparity")
-    assert "[1]" not in report(write_run(tmp_path / "disparity", disparity))
-    other = MARIGOLD | {"id": "marigold@2"}
-    assert "[1]" not in report(write_run(tmp_path / "other", lines_of(settings=other)))
-
-
-def test_published_rows_name_protocols_fits_and_sets_that_exist() -> None:
-    for path in sorted((ROOT / "configs/eval").glob("*.yaml")):
-        name = path.stem.replace("_exact", "")
-        if name not in ("marigold", "moge"):
-            continue
-        protocol = OmegaConf.load(ROOT / f"configs/eval/protocol/{name}.yaml")
-        rows = OmegaConf.load(ROOT / f"configs/eval/sets/{name}.yaml").rows
-        sets = {row.name for row in rows}
-        for fit in protocol.fits:
-            for row in published(protocol.id, fit, list(sets)):
-                assert set(row["sets"]) <= sets, row
-                assert row["source"]
-        assert published(protocol.id, "affine", list(sets))
-
-
-def test_the_sources_own_means_agree_with_their_rows() -> None:
-    rows = [
-        row
-        for fit in ("scale", "affine", "disparity")
-        for row in published("moge@1", fit, ["KITTI"])
-    ]
-    assert len(rows) == 11
-    for row in rows:
-        numbers = np.array([[float(x) for x in cell] for cell in row["sets"].values()])
-        printed = np.array(list(map(float, row["mean"])))
-        assert np.abs(numbers.mean(axis=0) - printed).max() < 0.06, row["method"]
 
 
 def test_runs_of_different_sets_are_one_predictor_and_equal_baselines_stand_once() -> None:
@@ -245,7 +189,8 @@ def test_other_places_and_limits_are_the_same_rules(tmp_path) -> None:
     of_many = lines_of(num=10, row=ROW | {"limit": 10}, list_count=654)
     text = report(write_run(tmp_path / "of_many", of_many))
     assert "the first 10 of 654 images" in text
-    assert "† not all images of the set have a score" in text
+    assert "† only some images of the set's list were looked at" in text
+    assert "§" not in text
 
 
 @pytest.mark.parametrize(
@@ -299,7 +244,7 @@ def test_the_page_stands_alone_and_says_what_the_numbers_are(rich) -> None:
         "marigold@1", "d9a47a15", "20 images", "sha256 f00df00d", "python evaluate.py", "abc",
         "one core", "least-squares scale and shift", "clipped to 0.001–10", "DIODE", "indoor",
         "18/20", "Images, one by one", "where the error is?", "Best", "Median", "Worst",
-        "Paired differences", "excludes 0", "GeoWizard (paper", "<i>kept</i>", "a &lt;caption&gt;",
+        "Paired differences", "excludes 0", "<i>kept</i>", "a &lt;caption&gt;",
         "Scale and shift by least squares.",
     ):  # fmt: skip
         assert words in page, words
@@ -328,7 +273,8 @@ def test_what_a_run_added_to_its_page_stays_when_the_page_is_made_again(rich, tm
 def test_csv_has_a_row_for_each_number_with_interval_and_counts(rich) -> None:
     rows = list(csv.DictReader((rich / "report.csv").open()))
     numbers = [row for row in rows if row["list_sha256"]]
-    assert len(numbers) == 2 * (10 + 3 * 11)  # predictors, metrics, NYUv2, DIODE with its parts
+    # predictors, metrics, NYUv2, DIODE with its parts; two of the uncertainty
+    assert len(numbers) == 2 * (10 + 3 * 11) + 2
     [row] = [
         row for row in numbers
         if row["set"] == "NYUv2" and row["metric"] == "absrel" and row["predictor"] != "constant"
@@ -339,6 +285,42 @@ def test_csv_has_a_row_for_each_number_with_interval_and_counts(rich) -> None:
     assert (row["images"], row["not_scored"], row["list_count"]) == ("18", "2", "20")
     assert (row["protocol"], row["weights"]) == ("marigold@1", "f00d" * 16)
     assert [row["set"] for row in rows[-1:]] == ["mean of 2 of 2 sets"]
+
+
+@pytest.mark.parametrize(("is_metric", "unit"), [(True, " m"), (False, "")])
+def test_a_pictures_legend_has_the_unit_of_its_own_truth(tmp_path, is_metric, unit) -> None:
+    lines = lines_of(metric=is_metric)
+    depth = np.linspace(1, 5, 1200).reshape(30, 40)
+    for key in set(chosen_keys(lines).values()):
+        paths = picture_paths(picture_folder(tmp_path, "NYUv2", key), "mofo")
+        draw(paths, np.zeros((30, 40, 3), np.uint8), depth, depth > 0, depth)
+    merged = merge({"run": lines})
+    made = tables(merged)
+    page = html_page("t", made, [], merged, {"run": tmp_path})
+    assert re.search(rf"far [0-9.]+{unit} <i", page)
+
+
+def test_calibration_is_in_every_format(rich, tmp_path) -> None:
+    text = report(write_run(tmp_path / "run", lines_of(uncertain=True)))
+    row = next(row for row in text.splitlines() if row.startswith("mofo") and "0.500" in row)
+    assert row.split() == ["mofo", "0.500", "0.200", "20"]
+    assert "| mofo | 0.500 | 0.200 | 20 |" in (tmp_path / "run/report.md").read_text()
+    [table] = json.loads((tmp_path / "run/report.json").read_text())["tables"]
+    given = table["entries"][0]["calibration"]
+    assert given == pytest.approx({"correlation": 0.5, "ause": 0.2, "num_images": 20})
+    rows = csv.DictReader((tmp_path / "run/report.csv").open())
+    found = {row["metric"]: row["mean"] for row in rows if row["metric"].startswith("uncertainty")}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {"uncertainty_correlation": 0.5, "uncertainty_ause": 0.2}
+    )
+
+
+def test_pixels_of_images_without_a_score_are_not_said_to_be_scored() -> None:
+    lines = lines_of(failed={3: "broken"})
+    lines[3] |= {"num_nonfinite": 4096, "num_nonpositive": 5}
+    lines[4] |= {"num_nonfinite": 704}
+    [table] = tables_of(lines)
+    assert (table.entries[0].num_nonfinite, table.entries[0].num_nonpositive) == (704, 0)
 
 
 def test_latex_is_well_formed(rich) -> None:
@@ -453,3 +435,28 @@ def test_the_page_fits_the_browser(rich, width: int) -> None:
             assert max(tab.locator(".scroll").evaluate_all(inside)) <= 0
         browser.close()
     assert not [one for one in asked if not one.startswith(("file:", "data:"))]
+
+
+def test_a_distribution_counts_images_without_a_score_as_never_reached() -> None:
+    drawn = distribution({"half": ([0.1, 0.2], 4), "whole": ([0.1, 0.2, 0.3, 0.4], 4)}, 0.4)
+    half, whole = (
+        [float(point.split(",")[1]) for point in path.split()]
+        for path in re.findall(r'd="M([^"]+)" style="[^"]*"/>(?=<path|</svg></div>)', drawn)
+    )
+    top, middle = min(whole), min(half)
+    assert top == TOP
+    assert middle == pytest.approx((max(whole) + TOP) / 2)
+    assert max(whole) < HEIGHT
+    assert "half, 2 of 4 images have a score" in drawn
+    assert ">1</text>" in drawn
+
+
+def test_the_axis_of_shares_ends_at_one_and_small_sets_are_not_cut(tmp_path) -> None:
+    failed = dict.fromkeys(range(10), "broken")
+    report(write_run(tmp_path / "run", lines_of(failed=failed)))
+    page = (tmp_path / "run/report.html").read_text()
+    plot = page[page.index("share of images over AbsRel") :]
+    assert re.findall(r"text-anchor=end>([0-9.]+)</text>", plot)[:1] == ["0"]
+    assert ">1</text>" in plot[: plot.index("</svg>")]
+    [table] = tables_of(lines_of(num=50))
+    assert _reach(table) == max(table.entries[0].absrel)

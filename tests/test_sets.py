@@ -16,8 +16,10 @@ from published import codes, dpt, mask, npy, other, picture, rows, tar, unpack, 
 
 from mofo.data.sample import Sample
 from mofo.data.write import write
-from mofo.evaluation.benchmark import Row, choose, open_row
+from mofo.evaluation.benchmark import Row, choose, open_row, open_rows
 from mofo.evaluation.sets.archive import Archive
+from mofo.evaluation.sets.decode import DEPTH
+from mofo.evaluation.sets.decode import mask as mask_of
 from mofo.evaluation.sets.regions import REGIONS
 
 GOLDEN = np.load(Path(__file__).parent / "golden/eval_golden_public.npz")
@@ -296,7 +298,8 @@ def test_a_damaged_image_is_named_and_the_others_are_read(tmp_path: Path) -> Non
     images = open_row(nyu_row(tmp_path, source=str(tar(tmp_path / "set.tar", files))))
     with pytest.raises(ValueError, match=rf"set.tar: {name} is damaged"):
         images.read(0)
-    with pytest.raises(ValueError, match=r"rgb_0002.png is damaged \(UnidentifiedImageError"):
+    words = r"rgb_0002.png is damaged \(UnidentifiedImageError: 10 bytes are no picture"
+    with pytest.raises(ValueError, match=words):
         images.read(1)
     with pytest.raises(ValueError, match="office_0004_rgb_0009: no pixel has measured depth"):
         images.read(2)
@@ -325,6 +328,44 @@ def test_what_is_no_plain_archive_says_what_to_do(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:2000])
     with pytest.raises(ValueError, match="cut.tar: a is damaged .*the archive is cut short"):
         archive.decode("a", bytes)
+
+
+def test_an_archive_that_is_cut_short_is_to_be_fetched_again(tmp_path: Path) -> None:
+    whole = tar(tmp_path / "set.tar", {"a": bytes(3000), "b": bytes(3000)})
+    for name, data in (
+        ("set.tar", whole.read_bytes()[:2000]),
+        ("none.tar", b""),
+        ("set.zip", zipped(tmp_path / "whole.zip", {"a": b"stored"}).read_bytes()[:-9]),
+    ):
+        (tmp_path / name).write_bytes(data)
+        words = rf"{name} is cut short at {len(data)} bytes \(.*\); fetch it again$"
+        with pytest.raises(ValueError, match=words):
+            Archive(tmp_path / name)
+
+
+def test_bytes_that_are_no_numpy_file_are_not_to_be_unpickled() -> None:
+    for decoder in (DEPTH["npy"], mask_of):
+        with pytest.raises((ValueError, OSError), match="no picture|no file") as caught:
+            decoder(b"\x80garbage")
+        assert "pickle" not in str(caught.value)
+        assert " at 0x" not in str(caught.value)
+
+
+def test_all_sets_that_are_missing_are_named_at_once_with_where_to_get_each(tmp_path) -> None:
+    chosen = list(rows("marigold", tmp_path).values())
+    with pytest.raises(ValueError, match="^5 of 5 sets cannot be opened") as caught:
+        open_rows(chosen)
+    said = str(caught.value).split("\n")
+    assert [line.strip().partition(":")[0] for line in said[1:6]] == [row.name for row in chosen]
+    for line, row in zip(said[1:], chosen, strict=False):
+        assert line.endswith(row.download)
+    assert "'source={SET: PATH}'" in said[-1]
+
+
+def test_a_limit_is_a_number_of_images() -> None:
+    for limit in (-1, 0):
+        with pytest.raises(ValueError, match=f"limit is {limit}, but must be a whole number"):
+            Row(name="rooms", limit=limit)
 
 
 @pytest.mark.parametrize("name", ["../outside.png", "/etc/passwd", "a/../../b.png", "a\\b.png"])

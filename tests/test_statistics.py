@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mofo.evaluation import statistics
-from mofo.evaluation.statistics import excludes_zero, intervals, resampled_means
+from mofo.evaluation.statistics import excludes_zero, intervals, resampled, resampled_means
 
 
 def test_a_resampled_mean_is_the_mean_of_the_images_drawn() -> None:
@@ -82,3 +82,15 @@ def test_no_image_has_no_mean() -> None:
 )
 def test_zero_is_excluded_only_beyond_the_ends(interval, sure: bool) -> None:
     assert excludes_zero(interval) is sure
+
+
+def test_draws_follow_from_the_images_that_a_column_has() -> None:
+    rng = np.random.default_rng(6)
+    one = {f"image_{k}": float(rng.random()) for k in range(20)}
+    other = {key: value + 1 for key, value in reversed(one.items())}
+    fewer = dict(list(one.items())[3:])
+    found = resampled({"one": one, "fewer": fewer, "other": other, "lone": {"a": 1.0}}, of="list")
+    assert list(found) == ["one", "fewer", "other"]
+    assert np.allclose(found["other"], found["one"] + 1, rtol=1e-12)
+    assert np.allclose(resampled({"fewer": fewer}, of="list")["fewer"], found["fewer"], rtol=1e-12)
+    assert not np.allclose(resampled({"one": one}, of="other")["one"], found["one"])

@@ -5,13 +5,13 @@ near^(1 - u) far^u with u = (n - 1) / 65533. 0 is unknown, 65535 infinitely far:
 have a third chunk, `unit`, by which depth is multiplied (moge/utils/io.py of microsoft/MoGe).
 """
 
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32
-from PIL import Image
+
+from mofo.data.sample import open_image
 
 UNKNOWN, INFINITE = 0, 65535
 STEPS = 65533
@@ -31,7 +31,7 @@ def decode_log_depth(source: bytes | str | Path) -> LogDepth:
     That reader's own last place depends on the processor's powf; here it does not.
     """
     name = "the map" if isinstance(source, bytes) else str(source)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with open_image(source) as image:
         if not image.mode.startswith("I") or not {"near", "far"} <= image.info.keys():
             raise ValueError(
                 f"{name} has mode {image.mode} and texts {sorted(image.info)}, but MoGe's depth is "

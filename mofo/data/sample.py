@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
@@ -226,13 +226,22 @@ class Batch:
         return replace(self, **moved)
 
 
+def open_image(source: bytes | str | Path) -> Image.Image:
+    """A file or its bytes; what is no picture is refused in words that are the same each time."""
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except UnidentifiedImageError as error:
+        where = f"{len(source)} bytes are" if isinstance(source, bytes) else f"{source} is"
+        raise UnidentifiedImageError(f"{where} no picture of a known format") from error
+
+
 def decode_image(source: bytes | str | Path | Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels of an image (a file, its bytes, or a PIL image) of any mode, upright.
 
     16-bit grey is scaled to 8 bits, transparency is composited on white, EXIF rotation is applied.
     """
     if not isinstance(source, Image.Image):
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        with open_image(source) as opened:
             return decode_image(opened)
     # It copies even an upright picture.
     turned = source.getexif().get(ORIENTATION, 1) != 1
@@ -251,7 +260,7 @@ def decode_image(source: bytes | str | Path | Image.Image) -> UInt8[np.ndarray, 
 
 def decode_mask(source: bytes | str | Path) -> Bool[np.ndarray, "h w"]:
     """The 1-bit PNG that `encode_mask` writes."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with open_image(source) as image:
         if image.mode != "1":
             raise ValueError(f"a mask has mode {image.mode}, but must have 1 bit a pixel")
         return np.array(image)
@@ -280,7 +289,7 @@ def decode_depth(source: bytes | str | Path, coding: float | Log) -> tuple[Metre
     Code n is n * `coding`, or n - 1 steps of a `Log`.
     """
     _check_coding(coding)
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with open_image(source) as image:
         if not image.mode.startswith("I"):
             raise ValueError(f"depth has mode {image.mode}, but must be a 16-bit greyscale PNG")
         codes = np.array(image)

@@ -89,6 +89,8 @@ class Row:
                 )
         for name in ("crop", "region"):
             self._check(name, getattr(self, name), (None, *REGIONS))
+        if self.limit is not None:
+            check_counts(limit=self.limit)
 
     def _check(self, field: str, value: str | None, accepted: Sequence[str | None]) -> None:
         if value not in accepted:
@@ -139,11 +141,36 @@ def open_row(row: Row) -> Images:
         raise ValueError(
             f"{row.name}: {row.source or row.shards} has {count} images, but the set has "
             f"{row.count or 'some'}; {row.download or 'check the path'}"
+            + (f", or take what is there with 'count={{{row.name}: {count}}}'" if count else "")
         )
     if len(set(images.keys)) != count:
         twice = next(key for at, key in enumerate(images.keys) if key in images.keys[:at])
         raise ValueError(f"{row.name}: key {twice!r} occurs twice; each image needs its own")
     return replace(images, keys=images.keys[: row.limit], parts=images.parts[: row.limit])
+
+
+def open_rows(rows: Sequence[Row]) -> list[Images]:
+    """The images of each row; all that is wrong with any of them is said at once."""
+    opened, wrong = [], []
+    for row in rows:
+        try:
+            opened.append(open_row(row))
+        except ValueError as error:
+            wrong.append(f"  {row.name}: {str(error).removeprefix(f'{row.name}: ')}\n")
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} of {len(rows)} sets cannot be opened:\n{''.join(wrong)}"
+            "A set that lies elsewhere is named with 'source={SET: PATH}', fewer sets with "
+            "sets=[SET,SET]"
+        )
+    return opened
+
+
+def check_counts(**counts: object) -> None:
+    """Refuse what cannot be a number of something."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} is {count!r}, but must be a whole number, 1 or more")
 
 
 def read_samples(row: Row) -> Iterator[Sample]:

@@ -10,9 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mofo.evaluation.overview import Cell, Overview, Ranked, percent
+from mofo.evaluation.overview import FAILED, FEWER_SETS, LIMITED, Cell, Overview, Ranked, percent
 from mofo.evaluation.statistics import excludes_zero
-from mofo.evaluation.tables import COMPARED, Entry, Interval, Table, short
+from mofo.evaluation.tables import CALIBRATED, COMPARED, SIZED, Entry, Interval, Table, short
 
 TITLES = {
     "absrel": "AbsRel ↓", "delta1": "δ1 ↑", "delta2": "δ2 ↑", "delta3": "δ3 ↑", "rmse": "RMSE ↓",
@@ -66,14 +66,14 @@ def overview_grid(overview: Overview) -> Grid:
 
 def _overview_words(overview: Overview, row: Ranked, column: int | None) -> list[Word]:
     cell = row.mean if column is None else row.cells[column]
-    marks = "†" * bool(cell and cell.is_partial) + "‡" * bool(column is None and row.missing)
+    marks = cell.marks if cell else ""
+    marks += FEWER_SETS * bool(column is None and row.missing)
     words = []
     for metric in COMPARED:
         if cell is None or metric not in cell.percent:
             words.append(Word("–"))
             continue
-        whole = column is not None or not row.missing
-        best = whole and row.source is None and cell.values[metric] == overview.best(column, metric)
+        best = cell.is_ranked and cell.values[metric] == overview.best(column, metric)
         ends = cell.intervals.get(metric) if column is None else None
         interval = "–".join(percent(metric, end) for end in ends) if ends else ""
         words.append(Word(cell.percent[metric] + marks, best, interval))
@@ -89,11 +89,22 @@ def overview_notes(overview: Overview) -> list[str]:
     ours = [row for row in overview.rows if row.source is None]
     cells = [cell for row in ours for cell in row.cells if cell]
     lacking = [f"{row.name} lacks {', '.join(row.missing)}" for row in ours if row.missing]
-    notes = [f"protocol {overview.protocol}: {overview.rule}", overview.counted]
-    if any(cell.is_partial for cell in cells):
-        notes.append("† not all images of the set have a score")
+    notes = [f"protocol {overview.protocol}: {overview.rule}", "; ".join(overview.counted)]
+    if any(LIMITED in cell.marks for cell in cells):
+        notes.append(f"{LIMITED} only some images of the set's list were looked at")
+    if any(FAILED in cell.marks for cell in cells):
+        notes.append(f"{FAILED} some images have no score")
+    unranked = [
+        f"{row.name} on {name}"
+        for row in ours
+        for name, cell in zip(overview.sets, row.cells, strict=True)
+        if cell and not cell.is_ranked
+    ]
+    if unranked:
+        notes.append(f"scored on other images: not ranked: {', '.join(unranked)}")
     if lacking and len(overview.sets) > 1:
-        notes.append("‡ mean over fewer sets, not to be compared: " + "; ".join(lacking))
+        notes.append(f"{FEWER_SETS} mean over fewer sets, not to be compared: {'; '.join(lacking)}")
+    notes += overview.unpublished
     numbered = enumerate(sources(overview), start=1)
     return notes + [f"[{number}] published: {source}" for number, source in numbered]
 
@@ -104,13 +115,13 @@ def table_grid(
     """A row each: the metrics (by default all), intervals of some, and the counts."""
     shown = [name for name in metrics or table.metrics if name in table.metrics]
     head = [TITLES.get(name, name) for name in shown]
-    head[1:1] = ["× baseline"]
+    with_ratio = any(entry.ratio is not None for entry in table.entries)
+    head[1:1] = ["× baseline"] * with_ratio
     rows = []
     for entry in table.entries:
-        ratio = table.ratio(entry)
         words = [_measured(table, entry, name, with_intervals) for name in shown]
-        words[1:1] = [Word("" if ratio is None else f"{ratio:.2f}")]
-        images = f"{entry.num_images}/{entry.num_asked}"
+        words[1:1] = [Word("" if entry.ratio is None else f"{entry.ratio:.2f}")] * with_ratio
+        images = f"{entry.num_images}/{table.num_listed}"
         words = [Word(entry.predictor), *words, Word(images), Word(f"{entry.num_valid:,}")]
         kind = "base" if entry.is_baseline else "main" if entry is table.main() else "other"
         rows.append((kind, words))
@@ -120,16 +131,24 @@ def table_grid(
 def _measured(table: Table, entry: Entry, metric: str, with_intervals: Sequence[str]) -> Word:
     value = entry.means.get(metric)
     interval = entry.intervals.get(metric) if metric in with_intervals else None
-    return Word(figures(metric, value), value == table.best(metric), between(metric, interval))
+    return Word(figures(metric, value), table.is_best(entry, metric), between(metric, interval))
 
 
 def table_notes(table: Table) -> list[str]:
     """The protocol, then what a reader must know before trusting a row."""
     rule = ", ".join(filter(None, (table.protocol, table.rule, table.clip)))
-    notes = [f"protocol: {rule}; list {short(table.list_sha256)}, {table.images}"]
+    notes = [f"protocol: {rule}; list {short(table.list_sha256)}, {table.images}; {unit(table)}"]
     for entry in table.entries:
         notes += [f"{entry.predictor}: {remark}" for remark in remarks(entry)]
     return notes
+
+
+def unit(table: Table) -> str:
+    """That of the truth, without which RMSE says nothing."""
+    if table.is_metric is not None:
+        return "truth in metres" if table.is_metric else "relative truth, without a unit"
+    names = ", ".join(TITLES[metric].split()[0] for metric in SIZED)
+    return f"truth of some images in metres, of others relative: {names} have no mean"
 
 
 def remarks(entry: Entry, rest: str = "all of them in report.json") -> list[str]:
@@ -140,7 +159,9 @@ def remarks(entry: Entry, rest: str = "all of them in report.json") -> list[str]
     ]
     first = list(entry.failed.items())[:NUM_FAILED_SHOWN]
     left = len(entry.failed) - len(first)
+    apart = entry.num_images > 0 and not entry.is_ranked
     return [
+        *(["scored on other images: not ranked"] * apart),
         *(f"{count} {what}" for count, what in found if count),
         *(f"{key} not scored: {why}" for key, why in first),
         *([f"{left} more not scored, {rest}"] if left else []),
@@ -148,15 +169,15 @@ def remarks(entry: Entry, rest: str = "all of them in report.json") -> list[str]
 
 
 def difference_grid(table: Table, *, with_baselines: bool = True) -> Grid | None:
-    """The entry in front less each other; all pairs are in report.json."""
-    front = table.main().predictor
-    rivals = {e.predictor for e in table.entries if with_baselines or not e.is_baseline}
+    """Each learned one less each other; pairs of baselines are in report.json alone."""
+    learned = [entry.predictor for entry in table.entries if not entry.is_baseline]
     rows = []
     for one in table.differences:
-        if front not in (one.first, one.second) or not {one.first, one.second} <= rivals:
+        own = [name for name in (one.first, one.second) if name in learned]
+        if len(own) < (1 if with_baselines else 2):
             continue
-        sign, rival = (1, one.second) if front == one.first else (-1, one.first)
-        words = [Word(f"{front} − {rival}")]
+        sign, rival = (1, one.second) if own[0] == one.first else (-1, one.first)
+        words = [Word(f"{own[0]} − {rival}")]
         for metric in COMPARED:
             interval = one.intervals.get(metric)
             if interval is not None:
@@ -169,6 +190,18 @@ def difference_grid(table: Table, *, with_baselines: bool = True) -> Grid | None
     for metric in COMPARED:
         head += [TITLES[metric].split()[0], "excludes 0"]
     return Grid([], [*head, "images"], rows) if rows else None
+
+
+def calibration_grid(made: Sequence[Table]) -> Grid | None:
+    """Of those that say how sure they are, whether that tells where the error is."""
+    rows = []
+    for table in made:
+        for entry in table.entries:
+            if said := entry.calibration:
+                words = [Word(entry.predictor), *(Word(f"{said[key]:.3f}") for key in CALIBRATED)]
+                rows.append(("other", [*words, Word(f"{said['num_images']}")]))
+    head = [f"{made[0].name}, uncertainty", "rank correlation ↑", "AUSE ↓", "images"]
+    return Grid([], head, rows) if rows else None
 
 
 def figures(metric: str, value: float | None, *, signed: bool = False) -> str:
@@ -200,6 +233,11 @@ def terminal_overview(overview: Overview) -> str:
 def terminal_differences(table: Table) -> str:
     """Of the learned ones alone: that baselines are worse is seen without it."""
     grid = difference_grid(table, with_baselines=False)
+    return "" if grid is None else _aligned(grid, [])
+
+
+def terminal_calibration(table: Table) -> str:
+    grid = calibration_grid([table])
     return "" if grid is None else _aligned(grid, [])
 
 
@@ -300,6 +338,15 @@ def comma_separated(made: Sequence[Table], overviews: Sequence[Overview]) -> str
                     metric, entry.means.get(metric), *(entry.intervals.get(metric) or ("", "")),
                     entry.num_images, len(entry.failed), table.list_count, entry.num_valid,
                     entry.num_nonfinite, entry.num_nonpositive, table.list_sha256, entry.weights,
+                    *(" ; ".join(entry.made_by[what]) for what in ("commit", "command")),
+                ])  # fmt: skip
+            # of another number of images, if some have too few pixels to say
+            for key in CALIBRATED if entry.calibration else ():
+                writer.writerow([
+                    table.protocol, table.fit, table.set, table.part, entry.predictor, entry.kind,
+                    f"uncertainty_{key}", entry.calibration[key], "", "",
+                    entry.calibration["num_images"], "", table.list_count, "", "", "",
+                    table.list_sha256, entry.weights,
                     *(" ; ".join(entry.made_by[what]) for what in ("commit", "command")),
                 ])  # fmt: skip
     for overview in overviews:

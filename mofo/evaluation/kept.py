@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
 
+from mofo.data.sample import DAMAGE, open_image
 from mofo.evaluation.predictors import Prediction, Predictor, check_kind
+from mofo.evaluation.sets.decode import load_numpy
 from mofo.model import weights
 
 SUFFIXES = (".npz", ".npy", ".png")
@@ -41,13 +43,9 @@ def of_files(
     without any file of the set is refused.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder} with predictions")
+    kind = kind_of(folder, kind)
     about = stated(folder)
     called = str(name or about.get("name") or folder.name)
-    kind = check_kind(kind or about.get("kind"), f"the predictions in {folder}")
-    if about.get("kind", kind) != kind:
-        raise ValueError(f"{folder} was written with kind={about['kind']}, but kind is {kind} now")
     inside = folder / file_name(set_name)
     inside = inside if inside.is_dir() else folder
     have = {path.name: path for path in inside.iterdir()}
@@ -60,7 +58,7 @@ def of_files(
         wanted = ", ".join(f"{file_name(key)}.npy" for key in list(keys)[:10])
         raise ValueError(
             f"{inside} has no prediction for {set_name}; expected are {len(keys)} files .npz, .npy "
-            f"or .png, the first ten: {wanted}"
+            f"or .png, the first ten: {wanted}; choose the sets that it has with sets=[...]"
         )
     if unit is None and any(path.suffix == ".png" for path in files.values()):
         raise ValueError(
@@ -77,6 +75,17 @@ def of_files(
     hashed = about["weights"] if "weights" in about else _digest(folder)
     settings = about.get("settings", {"unit": unit})
     return Predictor(name=called, kind=kind, predict=predict, weights=hashed, settings=settings)
+
+
+def kind_of(folder: Path, kind: str | None = None) -> str:
+    """The kind of the predictions in a folder, as it says itself or as is said here."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder} with predictions")
+    about = stated(folder)
+    kind = check_kind(kind or about.get("kind"), f"the predictions in {folder}")
+    if about.get("kind", kind) != kind:
+        raise ValueError(f"{folder} was written with kind={about['kind']}, but kind is {kind} now")
+    return kind
 
 
 def file_name(text: str) -> str:
@@ -134,16 +143,26 @@ def _halved(values: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path, unit: float | int | None) -> Prediction:
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            if not image.mode.startswith("I"):
-                raise ValueError(f"{path} has mode {image.mode}, but must be a 16-bit grey PNG")
-            codes = np.array(image)
-        return Prediction(depth=np.where(codes > 0, codes * np.float64(unit or 1), np.nan))
-    loaded = np.load(path, allow_pickle=False)
+    try:
+        return _of_png(path, unit) if path.suffix == ".png" else _of_numpy(path)
+    except (*DAMAGE, BadZipFile) as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be read ({kind}{error}); write it again") from error
+
+
+def _of_png(path: Path, unit: float | int | None) -> Prediction:
+    with open_image(path.read_bytes()) as image:
+        if not image.mode.startswith("I"):
+            raise ValueError(f"its mode is {image.mode}, but must be that of a 16-bit grey PNG")
+        codes = np.array(image)
+    return Prediction(depth=np.where(codes > 0, codes * np.float64(unit or 1), np.nan))
+
+
+def _of_numpy(path: Path) -> Prediction:
+    loaded = load_numpy(path.read_bytes())
     if isinstance(loaded, np.ndarray):
         return Prediction(depth=loaded.squeeze() if loaded.ndim == 3 else loaded)
     with loaded as archive:
         if "depth" not in archive:
-            raise ValueError(f"{path} holds {', '.join(archive.files)}, but must hold 'depth'")
+            raise ValueError(f"it holds {', '.join(archive.files)}, but must hold 'depth'")
         return Prediction(depth=archive["depth"], uncertainty=archive.get("uncertainty"))

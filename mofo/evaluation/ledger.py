@@ -13,6 +13,10 @@ from mofo.evaluation.lines import Line, Reader
 from mofo.evaluation.pictures import main_metric
 from mofo.evaluation.predictors import Predictor
 
+CHANGED = (
+    "in a folder of predictions= a file was then added, removed or changed, and retry=true does "
+    "not mix the old with the new; "
+)
 TALLIED = ("lines", "scored", "absrel", "delta1")
 
 
@@ -91,7 +95,8 @@ class Ledger:
             name, old, new = found
             raise ValueError(
                 f"{self.folder} has lines of {line['predictor']} on {line['set']} where {name} is "
-                f"{old}, but now it is {new}; choose another folder (name=...), or delete it"
+                f"{old}, but now it is {new}; {CHANGED if name == 'weights' else ''}"
+                "choose another folder (name=...), or delete it"
             )
 
 

@@ -1,5 +1,8 @@
 """All sets of a protocol on one screen: our means, and published ones of that very protocol.
 
+Published numbers stand beside ours only where truth and list of images are those that they were
+measured on, and all images have a score; elsewhere a note says what is different.
+
 The mean over sets is unweighted, as MoGe's is: a set counts once, however many images it has. It is
 formed of the sets that a row has, and a row that lacks one says so.
 """
@@ -17,16 +20,22 @@ from mofo.evaluation.statistics import intervals
 from mofo.evaluation.tables import COMPARED, Entry, Interval, Table, average, short
 
 PUBLISHED = Path(__file__).with_name("published.toml")
+TRUTH = ("crop", "region", "low", "high", "size")  # what of a row decides which pixels count
+LIMITED, FAILED, FEWER_SETS = "†", "§", "‡"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """AbsRel and delta1 on one set, or over sets: numbers as text in percent, "" where unknown."""
+    """AbsRel and delta1 on one set, or over sets: numbers as text in percent, "" where unknown.
+
+    `marks` stand behind the numbers; one that is not `is_ranked` is of other images than the rest.
+    """
 
     percent: dict[str, str]
     values: dict[str, float]
     intervals: dict[str, Interval]
-    is_partial: bool = False
+    marks: str = ""
+    is_ranked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,25 +52,31 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """One fit of one protocol over all its sets."""
+    """One fit of one protocol over all its sets; `unpublished`: where nothing published stands."""
 
     protocol: str
     fit: str
     rule: str
     sets: list[str]
-    counted: str
+    counted: list[str]
+    unpublished: list[str]
     rows: list[Ranked]
 
+    @property
+    def says_more(self) -> bool:
+        """Than the table of its only set."""
+        quotes = any(row.source for row in self.rows)
+        return len(self.sets) > 1 or quotes or bool(self.unpublished)
+
     def best(self, column: int | None, metric: str) -> float:
-        """Of ours, in a set's column, or in that of means over all sets (None)."""
-        own = [row for row in self.rows if row.source is None]
-        cells = [
-            row.cells[column] if column is not None else row.mean
-            for row in own
-            if column is not None or not row.missing
-        ]
-        values = [cell.values[metric] for cell in cells if cell and metric in cell.values]
-        return (min if metric == "absrel" else max)(values, default=np.nan)
+        """Of what is ranked in a set's column, or in that of means over all sets (None).
+
+        NaN where there are not two.
+        """
+        cells = [row.mean if column is None else row.cells[column] for row in self.rows]
+        ranked = [cell.values for cell in cells if cell and cell.is_ranked]
+        values = [own[metric] for own in ranked if metric in own]
+        return (min if metric == "absrel" else max)(values) if len(values) > 1 else np.nan
 
 
 def overviews(made: Sequence[Table]) -> list[Overview]:
@@ -77,14 +92,22 @@ def published(protocol: str, fit: str, sets: Sequence[str]) -> list[Mapping[str,
     """The published rows of this protocol and fit that have any of these sets."""
     return [
         row
-        for row in _published()
+        for row in _published("row")
         if protocol in row["protocols"] and fit == row["fit"] and set(sets) & set(row["sets"])
     ]
 
 
+def measured_on(protocol: str) -> dict[str, Mapping[str, Any]]:
+    """The protocol's sets as published numbers have them, by name; none where none are published"""
+    found: dict[str, Mapping[str, Any]] = {}
+    for one in _published("measured_on"):
+        found |= one["sets"] if protocol in one["protocols"] else {}
+    return found
+
+
 @cache
-def _published() -> list[Mapping[str, Any]]:
-    return tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))["row"]
+def _published(what: str) -> list[Mapping[str, Any]]:
+    return tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))[what]
 
 
 def _overview(protocol: str, fit: str, group: Sequence[Table]) -> Overview:
@@ -96,24 +119,65 @@ def _overview(protocol: str, fit: str, group: Sequence[Table]) -> Overview:
     ]
     predictors = dict.fromkeys(entry.predictor for table in group for entry in table.entries)
     rows = [_ours(name, group, sets) for name in predictors]
-    rows += [_theirs(row, sets) for row in published(protocol, fit, sets)]
+    quoted, unpublished = _quotable(protocol, fit, group)
     return Overview(
         protocol=protocol,
         fit=fit,
         rule=group[0].rule,
         sets=sets,
-        counted="; ".join(_counts(name, table) for name, table in zip(sets, group, strict=True)),
-        rows=rows,
+        counted=[_counts(name, table) for name, table in zip(sets, group, strict=True)],
+        unpublished=unpublished,
+        rows=[*rows, *quoted],
     )
+
+
+def _quotable(protocol: str, fit: str, group: Sequence[Table]) -> tuple[list[Ranked], list[str]]:
+    """Published rows, each where it may stand, and why there is none beside a set that has any."""
+    known = measured_on(protocol)
+    rows = published(protocol, fit, list(known))
+    why = [_obstacle(table, known.get(table.set)) for table in group]
+    alike = [None if one else table.set for one, table in zip(why, group, strict=True)]
+    lost: dict[str, list[str]] = {}
+    for table, one in zip(group, why, strict=True):
+        if one and any(table.set in row["sets"] or table.set not in known for row in rows):
+            lost.setdefault(one, []).append(table.set)
+    return [_theirs(row, alike) for row in rows if set(alike) & set(row["sets"])], [
+        f"no published numbers beside {', '.join(dict.fromkeys(names))}: {one}"
+        for one, names in lost.items()
+    ]
 
 
 def _counts(name: str, table: Table) -> str:
-    """What stands behind a column."""
-    most = max(table.entries, key=lambda entry: entry.num_images)
-    return (
-        f"{name}, list {short(table.list_sha256)}: {most.num_images} of {table.list_count} images, "
-        f"{most.num_valid:,} pixels"
-    )
+    """What stands behind a column, of whom where it is not the same for all."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for entry in table.entries:
+        if entry.num_images:
+            groups.setdefault((entry.num_images, entry.num_valid), []).append(entry.predictor)
+    said = [
+        f"{images} of {table.list_count} images, {pixels:,} pixels"
+        + (f" ({', '.join(names)})" if len(groups) > 1 else "")
+        for (images, pixels), names in groups.items()
+    ]
+    return f"{name}, list {short(table.list_sha256)}: {'; '.join(said) or 'no image has a score'}"
+
+
+def _obstacle(table: Table, own: Mapping[str, Any] | None) -> str:
+    """Why published numbers are of something else than a set's table; "" if they are not."""
+    if own is None:
+        return f"{table.protocol} does not define the set"
+    row = {**table.row, "list_count": table.list_count, "list_sha256": table.list_sha256}
+    for name in ("reader", *TRUTH, "list_count", "list_sha256"):
+        # None is a value of what makes a truth, and says nothing of the others.
+        if row.get(name) != own.get(name) and (name in TRUTH or name in own):
+            what = "list" if name.startswith("list") else "truth"
+            there, here = (
+                short(one[name]) if name == "list_sha256" else one.get(name) for one in (own, row)
+            )
+            return f"they are of another {what}, {name} is {there} there and {here} here"
+    learned = [entry for entry in table.entries if not entry.is_baseline] or table.entries
+    if all(entry.num_images < table.list_count for entry in learned):
+        return f"they are of all {table.list_count} images, of which not all have a score here"
+    return ""
 
 
 def _ours(name: str, group: Sequence[Table], sets: Sequence[str]) -> Ranked:
@@ -135,7 +199,8 @@ def _ours(name: str, group: Sequence[Table], sets: Sequence[str]) -> Ranked:
             percent={metric: percent(metric, value) for metric, value in means.items()},
             values=means,
             intervals=dict(zip(COMPARED, found, strict=True)),
-            is_partial=any(cell is not None and cell.is_partial for cell in cells),
+            marks=_marks([cell.marks for cell in cells if cell is not None]),
+            is_ranked=all(cell is not None and cell.is_ranked for cell in cells),
         )
     return Ranked(
         name=name,
@@ -153,11 +218,16 @@ def _cell(entry: Entry, table: Table) -> Cell:
         percent={metric: percent(metric, value) for metric, value in values.items()},
         values=values,
         intervals={metric: entry.intervals.get(metric) for metric in values},
-        is_partial=table.limit is not None or entry.num_images < table.list_count,
+        marks=LIMITED * (entry.num_asked < table.list_count) + FAILED * bool(entry.failed),
+        is_ranked=entry.is_ranked,
     )
 
 
-def _theirs(row: Mapping[str, Any], sets: Sequence[str]) -> Ranked:
+def _marks(found: Sequence[str]) -> str:
+    return "".join(mark for mark in (LIMITED, FAILED) if any(mark in one for one in found))
+
+
+def _theirs(row: Mapping[str, Any], sets: Sequence[str | None]) -> Ranked:
     """A published row; it has a mean, of its own rounded numbers, only where it has all sets."""
     cells = [_quoted(row["sets"][name]) if name in row["sets"] else None for name in sets]
     found = [cell.values for cell in cells if cell is not None]
@@ -173,7 +243,7 @@ def _theirs(row: Mapping[str, Any], sets: Sequence[str]) -> Ranked:
         source=row["source"],
         cells=cells,
         mean=Cell(percent=percents, values=means, intervals={}) if means else None,
-        missing=[name for name, cell in zip(sets, cells, strict=True) if cell is None],
+        missing=[name for name, cell in zip(sets, cells, strict=True) if name and cell is None],
     )
 
 

@@ -15,7 +15,7 @@ from mofo.evaluation.lines import Line
 from mofo.evaluation.overview import Overview
 from mofo.evaluation.pictures import MAX_SIDE, chosen_keys, picture_folder, picture_paths
 from mofo.evaluation.plots import curve, distribution, scale_bar, strip
-from mofo.evaluation.tables import Entry, Table, short
+from mofo.evaluation.tables import Entry, Table, in_metres, short
 from mofo.picture import Picture
 
 # (title, HTML or pictures with a caption each, caption of the section)
@@ -72,12 +72,16 @@ def _tiles(table: Table) -> str:
     entry = table.main()
     if not entry.num_images:
         return "<p>No image could be scored; the reasons stand below.</p>"
-    ratio = table.ratio(entry)
+    listed = f" of {table.num_listed}" if entry.num_images < table.num_listed else ""
     tiles = [
         (f"{entry.means['absrel']:.4f}", "AbsRel, lower is better"),
         (f"{entry.means['delta1']:.4f}", "δ1, higher is better"),
-        *([(f"{ratio:.2f}×", "AbsRel of the better trivial baseline")] if ratio else []),
-        (f"{entry.num_images}", f"images, {entry.num_valid:,} measured pixels"),
+        *(
+            [(f"{entry.ratio:.2f}×", "AbsRel of the better trivial baseline, on the same images")]
+            if entry.ratio is not None
+            else []
+        ),
+        (f"{entry.num_images}{listed}", f"images, {entry.num_valid:,} measured pixels"),
     ]
     tile = "<div class=tile><b>{}</b><span>{}</span></div>"
     cells = "".join(tile.format(*words) for words in tiles)
@@ -85,7 +89,8 @@ def _tiles(table: Table) -> str:
     rule = html.escape(f"{table.protocol}, {table.rule}")
     return (
         f"<p class=soft>{names}: {rule}</p><div class=tiles>{cells}</div><p class=soft>Numbers are "
-        "means over images, each counted once. The best of a column is bold; the small numbers are "
+        "means over images, each counted once. The best of a column is bold, of those "
+        "that scored the same images; the small numbers are "
         "95 % bootstrap intervals over images.</p>"
     )
 
@@ -94,7 +99,7 @@ def _overviews(seen: Sequence[Overview]) -> str:
     """One for each fit; none where a set's own table says it all."""
     parts = []
     for overview in seen:
-        if len(overview.sets) == 1 and not any(row.source for row in overview.rows):
+        if not overview.says_more:
             continue
         title = html.escape(f"{overview.protocol}: {overview.rule}")
         width = "dense many" if len(overview.sets) > MANY else "dense"
@@ -112,7 +117,7 @@ def _set(group: Sequence[Table], lines: Sequence[Line], folders: Mapping[str, Pa
     ]
     parts += [_table(table, is_headed=len(group) > 1) for table in group]
     whole = [table for table in group if table.part is None]
-    plots = _distributions(whole) + _calibration(lines)
+    plots = _distributions(whole) + _calibration(whole, lines)
     parts += [_differences(whole), f"<div class=plots>{plots}</div>" * bool(plots)]
     entries = {entry.predictor: entry for table in whole for entry in table.entries}
     names = [name for name, entry in entries.items() if not entry.is_baseline] or list(entries)[:1]
@@ -162,8 +167,9 @@ def _table(table: Table, *, is_headed: bool) -> str:
 
 def _reach(table: Table) -> float:
     """How far plots of AbsRel go: all but the worst images of the worst predictor."""
-    found = [float(np.percentile(entry.absrel, 98)) for entry in table.entries if entry.absrel]
-    return max(found, default=0.0) or 1.0
+    # "higher": up to fifty images, none is left out
+    found = [np.percentile(e.absrel, 98, method="higher") for e in table.entries if e.absrel]
+    return float(max(found, default=0.0)) or 1.0
 
 
 def _strips(table: Table) -> list[str]:
@@ -216,35 +222,35 @@ def _distributions(whole: Sequence[Table]) -> str:
     parts = []
     for table in whole:
         learned = {entry.predictor for entry in table.entries if not entry.is_baseline}
-        found = {entry.predictor: entry.absrel for entry in table.entries if entry.absrel}
-        if max(map(len, found.values()), default=0) < 2 or (seen and learned <= seen):
+        own = [entry for entry in table.entries if entry.absrel]
+        if max((len(e.absrel) for e in own), default=0) < 2 or (seen and learned <= seen):
             continue
+        found = {entry.predictor: (entry.absrel, entry.num_asked) for entry in own}
         seen |= learned
         title = "Images, one by one" + (f": {table.rule}" if len(whole) > 1 else "")
         parts.append(
             f"<div><h3>{html.escape(title)}</h3><p class=soft>Which share of the images has an "
-            f"AbsRel up to x: further left is better.</p>{distribution(found, _reach(table))}</div>"
+            "AbsRel up to x: further left is better. One without a score is never reached."
+            f"</p>{distribution(found, _reach(table))}</div>"
         )
     return "".join(parts)
 
 
-def _calibration(lines: Sequence[Line]) -> str:
+def _calibration(whole: Sequence[Table], lines: Sequence[Line]) -> str:
     """Error against predicted uncertainty, of predictors that say how sure they are."""
     of_predictor: dict[str, list[dict]] = {}
     for line in lines:
         if line["uncertainty"] is not None:
             of_predictor.setdefault(line["predictor"], []).append(line["uncertainty"])
-    if not of_predictor:
+    grid = formats.calibration_grid(whole)
+    if grid is None:
         return ""
-    series, rows, ends = {}, [], [0.0]
+    series, ends = {}, [0.0]
     for name, own in of_predictor.items():
         at = np.mean([[one["uncertainty"], one["error"]] for one in own], axis=0)
         series[name] = list(map(tuple, at.T))
         ends.append(min(at[0].max(), at[1].max()))
-        numbers = [f"{np.mean([one[key] for one in own]):.3f}" for key in ("correlation", "ause")]
-        rows.append(("other", [Word(name), *map(Word, numbers), Word(f"{len(own)}")]))
     series["error = uncertainty"] = [(0.0, 0.0), (max(ends), max(ends))]
-    grid = Grid([], ["", "rank correlation ↑", "AUSE ↓", "images"], rows)
     return (
         "<div><h3>Does the uncertainty tell where the error is?</h3><p class=soft>Each image's "
         "pixels in tenths, from the most certain to the least; means over images. AUSE: by how "
@@ -267,7 +273,6 @@ def _examples(name: str, own: Sequence[Line], folders: Mapping[str, Path], *, is
         paths = picture_paths(pictures, line["name"])
         if not all(path.exists() for path in paths):
             continue  # a longer run may choose an image whose pictures a shorter one dropped
-        in_metres = line["row"].get("metric", False)
         titles = ("image", "measured depth", "predicted depth", "relative error")
         opened = [Image.open(path) for path in paths]
         shown = [(np.asarray(one), about) for one, about in zip(opened, titles, strict=True)]
@@ -276,7 +281,7 @@ def _examples(name: str, own: Sequence[Line], folders: Mapping[str, Path], *, is
         cards.append(
             f"<h3>{' and '.join(picks).capitalize()} · {html.escape(key)}</h3>"
             f"<p class=soft>{score} · {html.escape(line['credit'])}</p>"
-            f"{_figures(shown)}{_legend(opened[1].info, in_metres=in_metres)}"
+            f"{_figures(shown)}{_legend(opened[1].info, is_metric=in_metres(line))}"
         )
     if not cards:
         return ""
@@ -284,9 +289,9 @@ def _examples(name: str, own: Sequence[Line], folders: Mapping[str, Path], *, is
     return f"<details{' open' * is_open}>{title}{''.join(cards)}</details>"
 
 
-def _legend(limits: Mapping, *, in_metres: bool) -> str:
+def _legend(limits: Mapping, *, is_metric: bool) -> str:
     """What the colours mean; `limits` are those that a picture of depth says it has."""
-    unit = " m" if in_metres else ""
+    unit = " m" if is_metric else ""
     far, near = (
         f"{name} {float(limits[name]):.3g}{unit}" if name in limits else name
         for name in ("far", "near")

@@ -19,8 +19,9 @@ def curve(
     *,
     x: str = "step",
     y: str = "loss",
+    y_ends: tuple[float, float] | None = None,
 ) -> str:
-    """Lines over a shared pair of axes, with a legend, for a section."""
+    """Lines over a shared pair of axes, with a legend, for a section; y as far as they go."""
     drawn = {name: np.array(points, np.float64) for name, points in series.items() if len(points)}
     if not drawn:
         raise ValueError("there is nothing to plot: every series is empty")
@@ -28,6 +29,8 @@ def curve(
     if not np.isfinite(every).all():
         raise ValueError("a plot needs finite numbers; leave the others out")
     low, high = every.min(0), every.max(0)
+    if y_ends is not None:
+        low[1], high[1] = y_ends
     span = np.where(high > low, high - low, 1.0)
     lines, names = [], []
     for number, (name, points) in enumerate(drawn.items()):
@@ -49,12 +52,17 @@ def curve(
     )
 
 
-def distribution(absrel: Mapping[str, Sequence[float]], reach: float) -> str:
-    """Of each predictor, which share of the images has an error up to x; cut at `reach`."""
+def distribution(absrel: Mapping[str, tuple[Sequence[float], int]], reach: float) -> str:
+    """Of each predictor, which share of the images has an error up to x; cut at `reach`.
+
+    Beside its errors stands of how many images: those without an error are never reached.
+    """
     series = {}
-    for name, values in absrel.items():
+    for name, (values, num_asked) in absrel.items():
         ranked = np.sort(values)
-        share = np.arange(1, len(ranked) + 1) / len(ranked)
+        share = np.arange(1, len(ranked) + 1) / num_asked
+        if len(ranked) < num_asked:
+            name += f", {len(ranked)} of {num_asked} images have a score"
         inside = np.searchsorted(ranked, reach, side="right")
         # Steps: the share changes at an image's error, not before it.
         points = [(0.0, 0.0)]
@@ -62,7 +70,7 @@ def distribution(absrel: Mapping[str, Sequence[float]], reach: float) -> str:
         for at in keep if inside else ():
             points += [(ranked[at], points[-1][1]), (ranked[at], share[at])]
         series[name] = [*points, (reach, points[-1][1])]
-    return curve(series, x="AbsRel of an image", y="share of images")
+    return curve(series, x="AbsRel of an image", y="share of images", y_ends=(0.0, 1.0))
 
 
 def strip(absrel: Sequence[float], mean: float, reach: float) -> str:

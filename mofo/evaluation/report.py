@@ -111,14 +111,11 @@ def _text(made: Sequence[Table], seen: Sequence[Overview], apart: Sequence[str])
         left = len(made) - len(shown)
     parts = [formats.terminal(table) for table in shown]
     parts += [formats.terminal_differences(table) for table in shown]
-    parts += [formats.terminal_overview(overview) for overview in seen if _says_more(overview)]
+    parts += [formats.terminal_calibration(table) for table in shown]
+    parts += [formats.terminal_overview(overview) for overview in seen if overview.says_more]
     parts += ["\n".join(apart)]
     parts += [f"{left} more tables are in report.md"] if left else []
     return "\n\n".join(filter(None, parts))
-
-
-def _says_more(overview: Overview) -> bool:
-    return len(overview.sets) > 1 or any(row.source for row in overview.rows)
 
 
 def _markdown(
@@ -129,7 +126,7 @@ def _markdown(
     lines: Sequence[Line],
 ) -> str:
     parts = [f"# {title}", "Means over images, in brackets 95 % bootstrap intervals over images."]
-    for overview in filter(_says_more, seen):
+    for overview in (one for one in seen if one.says_more):
         grid, notes = formats.overview_grid(overview), formats.overview_notes(overview)
         parts += [f"## {overview.protocol}: {overview.rule}", formats.markdown(grid, notes)]
     for table in made:
@@ -139,8 +136,8 @@ def _markdown(
             table.about,
             formats.markdown(grid, notes),
         ]
-        if (grid := formats.difference_grid(table)) is not None:
-            parts.append(formats.markdown(grid, []))
+        for grid in (formats.difference_grid(table), formats.calibration_grid([table])):
+            parts += [formats.markdown(grid, [])] if grid is not None else []
     parts += ["## Not compared", "\n".join(f"- {one}" for one in apart)] if apart else []
     origins = [f"- {name}: `{one}`" for name, own in _origins(lines).items() for one in own]
     weights = {e.predictor: e.weights for table in made for e in table.entries if e.weights}

@@ -4,12 +4,15 @@ The images of a set are drawn anew, with replacement, as many as there are; the 
 over many such draws says how far it would move with other images of the same kind. It says nothing
 of other seeds or another training, and from a few dozen images it comes out too narrow.
 
-All columns are taken over the same draws. A difference between two predictors is a column like any
-other, of per-image differences: it is paired, which is why it may exclude 0 where the intervals of
-the two means overlap.
+All columns of the same images are taken over the same draws, which follow from the images alone:
+whatever else a report compares, a number has the same interval. A difference between two predictors
+is a column like any other, of per-image differences: it is paired, which is why it may exclude 0
+where the intervals of the two means overlap.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,6 +20,28 @@ from jaxtyping import Float64
 NUM_RESAMPLES = 10_000
 LEVEL = 0.95
 CHUNK = 2**19  # draws that are held at once, so that memory does not grow with resamples x images
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def resampled(
+    columns: Mapping[Name, Mapping[str, float]], *, of: str
+) -> dict[Name, Float64[np.ndarray, " r"]]:
+    """Resampled means of columns of numbers by image key; those of fewer than two images have none.
+
+    `of` names the list that the keys are of: other lists, other draws.
+    """
+    groups: dict[tuple[str, ...], list[Name]] = {}
+    for name, column in columns.items():
+        if len(column) > 1:
+            groups.setdefault(tuple(sorted(column)), []).append(name)
+    found = {}
+    for keys, names in groups.items():
+        values = np.array([[columns[name][key] for name in names] for key in keys], np.float64)
+        seed = hashlib.sha256("\n".join((of, *keys)).encode()).digest()
+        means = resampled_means(values, seed=int.from_bytes(seed[:8], "big"))
+        found |= dict(zip(names, means.T, strict=True))
+    return {name: found[name] for name in columns if name in found}
 
 
 def resampled_means(

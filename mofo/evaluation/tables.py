@@ -14,10 +14,12 @@ import numpy as np
 from jaxtyping import Float64
 
 from mofo.evaluation.lines import Line
-from mofo.evaluation.statistics import intervals, resampled_means
+from mofo.evaluation.statistics import intervals, resampled
 
 COMPARED = ("absrel", "delta1")  # the metrics of overviews and differences
 NO_METRICS = ("scale", "shift", "floor")  # what else stands in a fit
+SIZED = ("rmse", "sqrel", "i_rmse")  # which have the truth's unit, so that units may not be mixed
+CALIBRATED = ("correlation", "ause")  # what is said of a predicted uncertainty
 ALIGNMENTS = {
     "none": "no alignment",
     "median": "median scale",
@@ -32,14 +34,18 @@ ALIGNMENTS = {
 }
 
 Interval = Sequence[float] | None
+Column = Mapping[str, float]  # one number of each image, by its key
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One predictor in a table: means over its images with 95 % intervals, and the counts.
 
-    `absrel` has each scored image's, in the list's order; `draws` the resampled means of COMPARED,
-    which stay in memory. `failed` says of each image that has no score why.
+    `ratio` is AbsRel over that of the better trivial baseline, on the images that both have. Only
+    entries that scored the same images, the most, are `is_ranked`: other means are of other images.
+    `calibration` has the means of CALIBRATED and over how many images. `failed` says of each image
+    that has no score why. `absrel` has each scored image's, in the list's order; `draws` the
+    resampled means of COMPARED: both stay in memory.
     """
 
     predictor: str
@@ -47,6 +53,9 @@ class Entry:
     weights: str | None
     means: dict[str, float]
     intervals: dict[str, Interval]
+    ratio: float | None
+    is_ranked: bool
+    calibration: dict[str, float | int]
     num_images: int
     num_valid: int
     num_nonfinite: int
@@ -81,8 +90,10 @@ class Difference:
 class Table:
     """One set, or a part of it, under one fit of one protocol.
 
-    `rule` says in words what the fit does, `clip` what it does on this set alone. The list has
-    `list_count` images, of which no run scored more than the first `limit` (None: all).
+    `rule` says in words what the fit does, `clip` what it does on this set alone. `is_metric`:
+    truth is in metres (None: that of some images). The list has `list_count` images, of which no
+    run looked at more than the first `limit` (None: all): `num_listed`, in a part those that any
+    predictor has. `row` is how the set was read, and stays in memory.
     """
 
     protocol: str
@@ -92,11 +103,14 @@ class Table:
     about: str
     rule: str
     clip: str
+    is_metric: bool | None
     list_sha256: str
     list_count: int
     limit: int | None
+    num_listed: int
     entries: list[Entry]
     differences: list[Difference] = field(default_factory=list)
+    row: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -117,40 +131,43 @@ class Table:
         return f"the {self.part} ones of {text}" if self.part else text
 
     def best(self, metric: str) -> float:
-        values = [entry.means[metric] for entry in self.entries if metric in entry.means]
-        return (max if higher_is_better(metric) else min)(values, default=np.nan)
+        """Of those that can be compared, NaN where there are not two."""
+        own = [entry.means for entry in self.entries if entry.is_ranked]
+        values = [means[metric] for means in own if metric in means]
+        return (max if higher_is_better(metric) else min)(values) if len(values) > 1 else np.nan
+
+    def is_best(self, entry: Entry, metric: str) -> bool:
+        return entry.is_ranked and entry.means.get(metric) == self.best(metric)
 
     def main(self) -> Entry:
         """The entry in front: the first that has learned weights, else the first."""
         return next((entry for entry in self.entries if not entry.is_baseline), self.entries[0])
 
-    def ratio(self, entry: Entry) -> float | None:
-        """AbsRel relative to the better trivial baseline; None where either has no number."""
-        rivals = [other for other in self.entries if other.is_baseline and other.num_images]
-        best = min((other.means["absrel"] for other in rivals), default=0.0)
-        if entry.is_baseline or not best or not entry.num_images:
-            return None
-        return entry.means["absrel"] / best
-
     def plain(self) -> dict[str, Any]:
         """As JSON has it: without what the lines say image by image."""
         entries = [replace(entry, absrel=[], draws=None) for entry in self.entries]
-        plain = asdict(replace(self, entries=entries))
+        plain = asdict(replace(self, entries=entries, row={}))
+        del plain["row"]
         for entry in plain["entries"]:
             del entry["absrel"], entry["draws"]
-        return {**plain, "ratios": {entry.predictor: self.ratio(entry) for entry in self.entries}}
+        return plain
 
 
 def from_plain(row: Mapping[str, Any]) -> Table:
     """What `plain` gave."""
-    fields = {key: value for key, value in row.items() if key != "ratios"}
     entries = [Entry(**entry) for entry in row["entries"]]
     differences = [Difference(**one) for one in row["differences"]]
-    return Table(**{**fields, "entries": entries, "differences": differences})
+    return Table(**{**row, "entries": entries, "differences": differences})
 
 
 def higher_is_better(metric: str) -> bool:
     return metric.startswith(("delta", "boundary"))
+
+
+def in_metres(line: Line) -> bool:
+    """Whether an image's truth is; lines of images that could not be read say it of their set."""
+    found = line.get("metric")
+    return bool(line["row"].get("metric", False) if found is None else found)
 
 
 def average(records: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
@@ -204,14 +221,18 @@ def _in_words(settings: Mapping[str, Any], fit: str, row: Mapping[str, Any]) -> 
 
 
 def _fits(lines: Sequence[Line]) -> list[str]:
-    """The fits that any line has, in the protocol's order; without a score, the first that suits"""
+    """The fits that any line has, those of learned predictors first, in the protocol's order.
+
+    Without a score, the first that suits.
+    """
+    learned = {fit for line in lines if line["weights"] is not None for fit in line["fits"] or ()}
     had = {fit for line in lines for fit in line["fits"] or ()}
     suiting = lines[0]["settings"]["fits"]
     if not had:
         kinds = {line["kind"] for line in lines}
         had = {fit for fit, how in suiting.items() if kinds & set(how["predicts"])}
         had = set(list(filter(had.__contains__, suiting))[:1]) or {next(iter(suiting))}
-    return [fit for fit in suiting if fit in had]
+    return sorted((fit for fit in suiting if fit in had), key=lambda fit: fit not in learned)
 
 
 def _table(lines: Sequence[Line], fit: str, part: str | None) -> Table:
@@ -223,9 +244,12 @@ def _table(lines: Sequence[Line], fit: str, part: str | None) -> Table:
         for name, own in of_predictor.items()
         if any(fit in (line["fits"] or ()) for line in own) or not any(x["fits"] for x in own)
     }
-    entries = [_entry(name, own, fit) for name, own in suiting.items()]
-    entries, differences = _with_statistics(entries, suiting, fit)
-    newest = lines[-1]
+    units = {in_metres(line) for line in lines if line["fits"]} or {in_metres(lines[0])}
+    left_out = NO_METRICS if len(units) == 1 else (*NO_METRICS, *SIZED)
+    newest, limit = lines[-1], _limit(lines)
+    list_count = max(line["list_count"] for line in lines)
+    entries = [_entry(name, own, fit, left_out) for name, own in suiting.items()]
+    entries, differences = _compared(entries, suiting, fit, newest["list_sha256"])
     rule, clip = _in_words(newest["settings"], fit, newest["row"])
     return Table(
         protocol=newest["protocol"],
@@ -235,11 +259,14 @@ def _table(lines: Sequence[Line], fit: str, part: str | None) -> Table:
         about=newest["row"]["about"],
         rule=rule,
         clip=clip,
+        is_metric=units.pop() if len(units) == 1 else None,
         list_sha256=newest["list_sha256"],
-        list_count=max(line["list_count"] for line in lines),
-        limit=_limit(lines),
+        list_count=list_count,
+        limit=limit,
+        num_listed=len({line["key"] for line in lines}) if part else limit or list_count,
         entries=entries,
         differences=differences,
+        row=newest["row"],
     )
 
 
@@ -250,21 +277,28 @@ def _limit(lines: Sequence[Line]) -> int | None:
     return max(limits) if len(limits) == len(found) else None
 
 
-def _entry(name: str, lines: Sequence[Line], fit: str) -> Entry:
-    """All but the statistics."""
+def _entry(name: str, lines: Sequence[Line], fit: str, left_out: Sequence[str]) -> Entry:
+    """What is said of a predictor alone."""
     scored = [line for line in lines if fit in (line["fits"] or ())]
     times = [line["seconds"] for line in lines if line["seconds"] is not None]
     means = average(line["fits"][fit] for line in scored)
+    # An uncertainty is that of the main fit's depth.
+    main = [line for line in scored if next(iter(line["fits"])) == fit]
+    sure = [line["uncertainty"] for line in main if line["uncertainty"] is not None]
+    of_uncertainty = {key: float(np.mean([one[key] for one in sure])) for key in CALIBRATED if sure}
     return Entry(
         predictor=name,
         kind=lines[0]["kind"],
         weights=lines[0]["weights"],
-        means={metric: mean for metric, mean in means.items() if metric not in NO_METRICS},
+        means={metric: mean for metric, mean in means.items() if metric not in left_out},
         intervals={},
+        ratio=None,
+        is_ranked=False,
+        calibration={**of_uncertainty, "num_images": len(sure)} if sure else {},
         num_images=len(scored),
         num_valid=sum(line["num_valid"] for line in scored),
-        num_nonfinite=sum(line["num_nonfinite"] for line in lines),
-        num_nonpositive=sum(line["num_nonpositive"] for line in lines),
+        num_nonfinite=sum(line["num_nonfinite"] for line in scored),
+        num_nonpositive=sum(line["num_nonpositive"] for line in scored),
         seconds=float(np.mean(times)) if times else None,
         failed={
             line["key"]: line["failed"] or f"the fit {fit!r} gave no score"
@@ -279,56 +313,85 @@ def _entry(name: str, lines: Sequence[Line], fit: str) -> Entry:
     )
 
 
-def _with_statistics(
-    entries: list[Entry], lines: Mapping[str, Sequence[Line]], fit: str
+def _compared(
+    entries: Sequence[Entry], lines: Mapping[str, Sequence[Line]], fit: str, list_sha256: str
 ) -> tuple[list[Entry], list[Difference]]:
-    """Entries with their intervals, and the difference of every pair, from one set of draws."""
-    keys = {line["key"]: 0 for own in lines.values() for line in own if fit in (line["fits"] or ())}
-    places = {key: number for number, key in enumerate(keys)}
-    if len(places) < 2:
-        return entries, []
-    columns: dict[tuple[str, ...], Float64[np.ndarray, " n"]] = {}
-    for entry in entries:
-        scored = [line for line in lines[entry.predictor] if fit in (line["fits"] or ())]
-        at = [places[line["key"]] for line in scored]
-        for metric in entry.means:
-            column = np.full(len(places), np.nan)
-            column[at] = [_number(line["fits"][fit].get(metric)) for line in scored]
-            columns[entry.predictor, metric] = column
+    """Entries with intervals, ratio and rank, and the difference of every pair."""
     pairs = list(combinations([entry.predictor for entry in entries], 2))
-    for one, other in pairs:
-        for metric in COMPARED:
-            if (one, metric) in columns and (other, metric) in columns:
-                difference = columns[one, metric] - columns[other, metric]
-                columns[one, other, metric] = difference
-    means = resampled_means(np.stack(list(columns.values()), axis=1))
-    found = dict(zip(columns, intervals(means), strict=True))
-    place = {name: number for number, name in enumerate(columns)}
+    columns = _columns(entries, lines, fit, pairs)
+    draws = resampled(columns, of=list_sha256)
+    found = (
+        dict(zip(draws, intervals(np.stack([*draws.values()], 1)), strict=True)) if draws else {}
+    )
+    absrel = {entry.predictor: columns.get((entry.predictor, "absrel"), {}) for entry in entries}
+    baselines = [absrel[entry.predictor] for entry in entries if entry.is_baseline]
+    ranked = _ranked(absrel)
     finished = []
     for entry in entries:
-        own = {metric: found[entry.predictor, metric] for metric in entry.means}
-        at = [place[entry.predictor, metric] for metric in COMPARED if metric in entry.means]
-        finished.append(replace(entry, intervals=own, draws=means[:, at] if at else None))
+        name = entry.predictor
+        own = {m: found[name, m] for m in entry.means if (name, m) in found}
+        drawn = [draws[name, m] for m in COMPARED if (name, m) in draws]
+        ratio = None if entry.is_baseline else _ratio(absrel[name], baselines)
+        both = np.stack(drawn, axis=1) if drawn else None
+        changes = {"intervals": own, "ratio": ratio, "is_ranked": name in ranked, "draws": both}
+        finished.append(replace(entry, **changes))
     return finished, [
-        made for one, other in pairs if (made := _difference(one, other, columns, found))
+        Difference(
+            first=one,
+            second=other,
+            num_images=max(map(len, both.values())),
+            means={metric: float(np.mean([*column.values()])) for metric, column in both.items()},
+            intervals={metric: found.get((one, other, metric)) for metric in both},
+        )
+        for one, other in pairs
+        if (both := {m: columns[one, other, m] for m in COMPARED if (one, other, m) in columns})
     ]
 
 
-def _difference(
-    one: str, other: str, columns: Mapping[tuple[str, ...], np.ndarray], found: Mapping[Any, Any]
-) -> Difference | None:
-    values = {m: columns[one, other, m] for m in COMPARED if (one, other, m) in columns}
-    both = {metric: column[~np.isnan(column)] for metric, column in values.items()}
-    if not both or not min(map(len, both.values())):
-        return None
-    return Difference(
-        first=one,
-        second=other,
-        num_images=max(map(len, both.values())),
-        means={metric: float(column.mean()) for metric, column in both.items()},
-        intervals={metric: found[one, other, metric] for metric in both},
-    )
+def _columns(
+    entries: Sequence[Entry],
+    lines: Mapping[str, Sequence[Line]],
+    fit: str,
+    pairs: Sequence[tuple[str, str]],
+) -> dict[tuple[str, ...], Column]:
+    """Each predictor's metrics image by image, and each pair's differences."""
+    columns: dict[tuple[str, ...], Column] = {}
+    for entry in entries:
+        scores = {
+            x["key"]: x["fits"][fit] for x in lines[entry.predictor] if fit in (x["fits"] or ())
+        }
+        for metric in entry.means:
+            found = {key: _number(score.get(metric)) for key, score in scores.items()}
+            column = {key: value for key, value in found.items() if not math.isnan(value)}
+            columns[entry.predictor, metric] = column
+    for one, other in pairs:
+        for metric in COMPARED:
+            a, b = columns.get((one, metric), {}), columns.get((other, metric), {})
+            if both := {key: a[key] - b[key] for key in a if key in b}:
+                columns[one, other, metric] = both
+    return columns
+
+
+def _ranked(absrel: Mapping[str, Column]) -> list[str]:
+    """Those that have a score on the very same images, of which there are the most."""
+    groups: dict[frozenset[str], list[str]] = {}
+    for name, column in absrel.items():
+        if column:
+            groups.setdefault(frozenset(column), []).append(name)
+    return max(groups.items(), key=lambda one: (len(one[0]), len(one[1])), default=((), []))[1]
+
+
+def _ratio(own: Column, baselines: Sequence[Column]) -> float | None:
+    """To the better baseline, to each on the images that both have; None where one is perfect."""
+    ratios = []
+    for rival in baselines:
+        both = [key for key in own if key in rival]
+        theirs = sum(rival[key] for key in both)
+        if both and not theirs:
+            return None
+        ratios += [sum(own[key] for key in both) / theirs] if both else []
+    return max(ratios, default=None)
 
 
 def _number(value: float | None) -> float:
-    return np.nan if value is None else value
+    return math.nan if value is None else value

@@ -30,10 +30,11 @@ def verdict(
     measured.
     """
     said = {"fits": None, "num_valid": 0, "num_nonfinite": 0, "num_nonpositive": 0}
-    said |= {"uncertainty": None, "credit": "", "licence": ""}
+    said |= {"uncertainty": None, "credit": "", "licence": "", "metric": None}
     if isinstance(sample, Exception):
         return {**said, "failed": f"the image cannot be read: {_reason(sample)}"}
-    said |= {"credit": _credit(sample), "licence": sample.licence}
+    is_metric = row.metric and sample.metric
+    said |= {"credit": _credit(sample), "licence": sample.licence, "metric": is_metric}
     truth, valid = sample.depth or (None, None)
     if truth is None or valid is None or not valid.any():
         return {**said, "failed": "no pixel has measured depth"}
@@ -46,7 +47,7 @@ def verdict(
         finite = np.isfinite(at)
         said["num_nonfinite"] = int((~finite).sum())
         said["num_nonpositive"] = int((at[finite] <= 0).sum())
-        rules = {"kind": kind, "protocol": protocol, "is_metric": row.metric and sample.metric}
+        rules = {"kind": kind, "protocol": protocol, "is_metric": is_metric}
         place = {"low": row.low, "high": row.high, "sharp": row.sharp, "name": row.name}
         said["fits"] = judge(pred, truth, valid, **rules, **place)
         if made.uncertainty is not None:

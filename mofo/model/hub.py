@@ -48,9 +48,10 @@ def fetch(name: str | Path, wanted: Wanted, revision: str | None = None) -> Path
         if isinstance(found, Path):
             return found
         reason = f". From the hub: {found}"
+    option = wanted.option if wanted.option.endswith("=") else f"{wanted.option} "
     raise ValueError(
         f'there is no folder {name}; accepted are "small", a folder with {wanted.files} '
-        f"({wanted.option} FOLDER), or a hub id, org/name{reason}"
+        f"({option}FOLDER), or a hub id, org/name{reason}"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from mofo.data.sample import DAMAGE
 
 NUM_SHOWN = 10  # missing files that an error names
+ZIP_START = b"PK\3\4"
 ZIP_HEADER = 30  # bytes of a zip's local header, before the name
 
 T = TypeVar("T")
@@ -135,10 +136,23 @@ class Archive:
 
 def _tar_members(path: Path) -> list[tuple[str, Member]]:
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            return [(m.name, Member(m.offset_data, m.size)) for m in tar if m.isreg()]
+        tar = tarfile.open(path, mode="r:")  # noqa: SIM115
     except tarfile.ReadError as error:
+        with path.open("rb") as file:
+            start = file.read(len(ZIP_START))
+        if start == ZIP_START or not start:
+            raise _cut_short(path, "it has no end" if start else "it is empty") from error
         raise ValueError(
             f"{path} is neither a zip nor a plain tar ({error}); decompress it (gunzip, unxz), or "
             "unpack it and name the folder"
         ) from error
+    with tar:
+        try:
+            return [(m.name, Member(m.offset_data, m.size)) for m in tar if m.isreg()]
+        except tarfile.ReadError as error:
+            raise _cut_short(path, error) from error
+
+
+def _cut_short(path: Path, reason: object) -> ValueError:
+    size = path.stat().st_size
+    return ValueError(f"{path} is cut short at {size} bytes ({reason}); fetch it again")

@@ -6,26 +6,28 @@ where nothing was measured (0, NaN, infinity).
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
-from PIL import Image
+
+from mofo.data.sample import open_image
 
 SINTEL_TAG = 202021.25  # the first number of every .dpt, which shows that the bytes stand right
-NUMPY_MAGIC = b"\x93NUMPY"
+NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\3\4"
 
 Depth = Float32[np.ndarray, "h w"]
 
 
 def image(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """RGB pixels as they are stored: truth belongs to that grid, so no EXIF rotation is applied."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         return np.array(opened if opened.mode == "RGB" else opened.convert("RGB"))
 
 
 def png(data: bytes, *, divisor: float | int) -> Depth:
     """A 16-bit PNG: a code divided by `divisor` (1000 for millimetres)."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         if not opened.mode.startswith("I"):
             raise ValueError(f"depth has mode {opened.mode}, but must be a 16-bit grey PNG")
         return (np.asarray(opened) / np.float64(divisor)).astype(np.float32)
@@ -60,15 +62,22 @@ def mask(data: bytes) -> Bool[np.ndarray, "h w"]:
     """A NumPy file or a PNG: True where it is not 0."""
     if data.startswith(NUMPY_MAGIC):
         return _array(data) != 0
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         values = np.array(opened)
     if values.ndim != 2:
         raise ValueError(f"a mask has mode {opened.mode}, but must be grey")
     return values != 0
 
 
+def load_numpy(data: bytes) -> Any:
+    """What np.save or np.savez wrote; for other bytes NumPy itself would suggest to unpickle."""
+    if not data.startswith((NUMPY_MAGIC, ZIP_MAGIC)):
+        raise ValueError("it is no file of np.save or np.savez")
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
 def _array(data: bytes) -> np.ndarray:
-    values = np.load(io.BytesIO(data), allow_pickle=False)
+    values = np.asarray(load_numpy(data))
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
     if values.ndim != 2:
         raise ValueError(f"it holds an array of {values.shape}, but must be height x width")

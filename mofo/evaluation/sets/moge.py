@@ -54,7 +54,8 @@ def open_set(row: Row) -> Listed:
     if row.list_sha256 not in (None, sha256(data)):
         raise ValueError(
             f"{row.name}: {layout.index} has the sha256 {sha256(data)}, but the published one has "
-            f"{row.list_sha256}; {row.download}"
+            f"{row.list_sha256}; {row.download}, or use this one with "
+            f"'list_sha256={{{row.name}: null}}'"
         )
     names = [line.strip() for line in data.decode().splitlines() if line.strip()]
     archive.require((f"{name}/{file}" for name in names for file in FILES), row.download)

@@ -99,7 +99,8 @@ def _published(row: Row) -> tuple[list[list[str]], str]:
     if row.list_sha256 not in (None, digest):
         raise ValueError(
             f"{row.name}: {path} has the sha256 {digest}, but the published list has "
-            f"{row.list_sha256}; fetch it again, or set list_sha256=null to use this one"
+            f"{row.list_sha256}; fetch it again, or use this one with "
+            f"'list_sha256={{{row.name}: null}}'"
         )
     lines = [line.split() for line in data.decode().splitlines() if line.strip()]
     if short := [line for line in lines if len(line) < 2]:

@@ -58,7 +58,13 @@ class Fault(Callback):
         step = trainer.global_step + 1
         self.file.write(json.dumps({"step": step, "positions": batch.position.tolist()}) + "\n")
         if step == self.nan_at and trainer.global_rank == 1:
-            batch.image.fill_(torch.nan)
+            encoders, encode = pl_module.encoders, pl_module.encoders.image
+
+            def broken(images: torch.Tensor) -> torch.Tensor:
+                encoders.image = encode
+                return torch.full_like(encode(images), torch.nan)
+
+            encoders.image = broken
 
     def on_before_backward(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step + 1 == self.die_at and trainer.global_rank == 1:

@@ -285,3 +285,12 @@ def test_a_set_that_changed_since_the_checkpoint_is_refused(tmp_path: Path) -> N
     changed = frames(tmp_path / "other", first=1)
     with pytest.raises(ValueError, match="captions of road are not those .* for 6 samples"):
         changed.load_state_dict(state)
+
+
+def test_a_killed_process_that_nobody_reaped_holds_no_folder() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert Path(f"/proc/{child.pid}/stat").exists()
+    assert attempts._born(child.pid) is None
+    assert attempts._born(os.getpid()) is not None
+    child.wait()

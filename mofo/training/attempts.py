@@ -215,11 +215,12 @@ def _host() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process was started, in ticks since boot: pids are given out again."""
+    """When a process that runs was started, in ticks since boot: pids are given out again."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state[0] in "ZX" else state[19]  # killed, and waiting for somebody to notice
 
 
 def _supersedes(me: dict[str, Any], path: Path) -> bool:

@@ -400,9 +400,9 @@ def points(**changes) -> bytes:
         (
             {"jpg": b"\xff\xd8\xff\xe0 no picture", "png": None},
             {},
-            "cannot identify|OSError|SyntaxError",
+            "no picture|OSError|SyntaxError",
         ),
-        ({"png": b""}, {}, "cannot identify|OSError|SyntaxError"),
+        ({"png": b""}, {}, "no picture|OSError|SyntaxError"),
         ({"png": None}, {}, "there is no image among"),
         ({"json": None}, {}, "json"),
         ({"json": b"{"}, {}, "JSONDecodeError"),

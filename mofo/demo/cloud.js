@@ -75,5 +75,7 @@ element.addEventListener("pointermove", (event) => {
   requestAnimationFrame(draw);
 });
 new ResizeObserver(draw).observe(element);
+// Gradio may put a new, empty canvas in the place of one that was drawn.
+new MutationObserver(draw).observe(element, { childList: true, subtree: true });
 watch("value", load);
 load();

@@ -174,8 +174,8 @@ def grid_sample(
     order; a grid finer than the image repeats pixels.
     """
     h, w = valid.shape
-    rows, row_distance = _windows(h, side)
-    columns, column_distance = _windows(w, side)
+    rows, row_distance = windows(h, side)
+    columns, column_distance = windows(w, side)
     # In each image row, every cell's nearest measured pixel: the first, sorted by distance.
     order = np.argsort(column_distance, axis=1, kind="stable")
     columns = np.take_along_axis(columns, order, axis=1)
@@ -295,7 +295,7 @@ def _ratio(of_truth: np.floating, of_pred: np.floating) -> Line:
     return Line(float(of_truth / of_pred), 0.0)
 
 
-def _windows(
+def windows(
     length: int, side: int
 ) -> tuple[Int[np.ndarray, "side k"], Float64[np.ndarray, "side k"]]:
     """Along one axis: the positions each cell looks at, and squared distances to its centre."""

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from PIL import Image
 
+from mofo.alignment import windows
+
 FRACTIONS = 32  # steps of a pixel in which OpenCV's remap takes bilinear weights
 ROUNDING = 1e-6  # of a pixel: sizes that are whole but for float arithmetic stay whole
 
@@ -93,8 +95,8 @@ def nearest_measured(
     """
     if depth.shape == size:
         return depth, valid
-    rows, far_y = _windows(depth.shape[0], size[0])
-    columns, far_x = _windows(depth.shape[1], size[1])
+    rows, far_y = _inside(depth.shape[0], size[0])
+    columns, far_x = _inside(depth.shape[1], size[1])
     best = np.full(size, np.inf)
     out = np.zeros(size, np.float32)
     for y, dy in zip(rows.T, far_y.T, strict=True):
@@ -106,15 +108,12 @@ def nearest_measured(
     return out, np.isfinite(best)
 
 
-def _windows(
+def _inside(
     length: int, cells: int
 ) -> tuple[Int64[np.ndarray, "cells k"], Float64[np.ndarray, "cells k"]]:
     """Along one axis: the pixels a cell looks at, and squared distances; infinite outside."""
-    step = length / cells
-    centre = (np.arange(cells) + 0.5) * step
-    first = np.round(centre - max(1.0, step) / 2).astype(np.int64)
-    at = first[:, None] + np.arange(int(np.ceil(max(1.0, step))))
-    far = np.where((at >= 0) & (at < length), (at + 0.5 - centre[:, None]) ** 2, np.inf)
+    at, far = windows(length, cells)
+    far = np.where((at >= 0) & (at < length), far, np.inf)
     return np.clip(at, 0, length - 1), far
 
 

@@ -32,11 +32,12 @@ from mofo.evaluation.benchmark import (
 from mofo.evaluation.claims import Claims
 from mofo.evaluation.contender import Contender
 from mofo.evaluation.kept import keeping
+from mofo.evaluation.origin import origin
 from mofo.evaluation.page import Section
 from mofo.evaluation.predictors import Predictor, constant, mean_map
 from mofo.evaluation.protocol import Protocol
 from mofo.evaluation.report import report
-from mofo.evaluation.run import CLAIMS, Task, origin, run
+from mofo.evaluation.run import CLAIMS, Task, run
 
 CONFIGS = Path(__file__).parent / "configs"
 build = partial(instantiate, _convert_="all")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from mofo.evaluation.lines import read_lines
+from mofo.evaluation.origin import origin
 from mofo.evaluation.pictures import main_metric
-from mofo.evaluation.run import origin
 
 STEPS, BATCH = 120, 16
 # A step with the teacher takes about this much longer; the demo's two runs measured 1.14.

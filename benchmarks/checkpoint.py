@@ -27,7 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from mofo.evaluation.run import origin
+from mofo.evaluation.origin import origin
 from mofo.model.dit import ThreeStreamDiT
 from mofo.training import dcp, store
 from mofo.training.export import export

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mofo.data.make import make
 from mofo.data.sample import decode_image, encode_depth
-from mofo.evaluation.run import origin
+from mofo.evaluation.origin import origin
 
 UNIT = 0.001
 SETS: dict[str, dict[str, Any]] = {

@@ -27,9 +27,10 @@ from PIL import Image
 
 from mofo.evaluation.benchmark import Row, open_row
 from mofo.evaluation.lines import read_lines
+from mofo.evaluation.origin import origin
 from mofo.evaluation.predictors import Prediction, Predictor
 from mofo.evaluation.protocol import Protocol, judge
-from mofo.evaluation.run import Task, origin, run
+from mofo.evaluation.run import Task, run
 
 SIZE = (480, 640)
 DIFFERENT = 20  # images; the tar repeats them under names of their own

@@ -33,7 +33,7 @@ from mofo.data.module import DataModule
 from mofo.data.order import CHUNK
 from mofo.data.sample import Sample
 from mofo.data.write import write
-from mofo.evaluation.run import origin
+from mofo.evaluation.origin import origin
 
 WORKERS, WORLDS = (0, 2, 4), (1, 2, 4)
 BATCH = 8

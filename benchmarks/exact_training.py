@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mofo.data.make import make
-from mofo.evaluation.run import origin
+from mofo.evaluation.origin import origin
 from mofo.training.dcp import Whole
 from mofo.training.manifest import Manifest
 

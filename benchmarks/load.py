@@ -26,7 +26,7 @@ from mofo.data.module import DataModule
 from mofo.data.sample import Sample, decode_image, rasterise
 from mofo.data.shards import FORMAT, MANIFEST
 from mofo.data.write import write
-from mofo.evaluation.run import origin
+from mofo.evaluation.origin import origin
 
 BATCH, SIDE, CROP = 16, 512, 960
 NUM_POINTS = 20_000  # of a 64-beam scanner, those that one camera sees

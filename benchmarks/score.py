@@ -24,8 +24,8 @@ from scipy.optimize import linprog
 from scipy.sparse import block_array, coo_array, eye_array
 
 from mofo.alignment import grid_sample
+from mofo.evaluation.origin import origin
 from mofo.evaluation.protocol import Protocol, judge
-from mofo.evaluation.run import origin
 from mofo.metrics import boundary_f1
 
 REPEATS = 15

@@ -8,9 +8,10 @@ import numpy as np
 from mofo.data.sample import Sample
 from mofo.evaluation.benchmark import Listed, Row
 from mofo.evaluation.lines import Line, read_lines
+from mofo.evaluation.origin import Origin
 from mofo.evaluation.predictors import Prediction, Predictor, constant
 from mofo.evaluation.protocol import Fit, Protocol
-from mofo.evaluation.run import Origin, Task, run
+from mofo.evaluation.run import Task, run
 
 ORIGIN = Origin(command="python test", commit="abc", machine="one core")
 ROW = Row(name="rooms", about="Made up for a test.", low=0.1, high=50)

@@ -33,11 +33,12 @@ from mofo.evaluation.benchmark import Row, read_samples, training_row
 from mofo.evaluation.claims import Claims
 from mofo.evaluation.kept import of_files
 from mofo.evaluation.lines import LINES, identity, read_lines
+from mofo.evaluation.origin import origin
 from mofo.evaluation.pictures import PICTURES
 from mofo.evaluation.predictors import Prediction, Predictor, constant
 from mofo.evaluation.protocol import Protocol, judge
 from mofo.evaluation.report import report
-from mofo.evaluation.run import Task, origin, run
+from mofo.evaluation.run import Task, run
 
 FORK = multiprocessing.get_context("fork")
 

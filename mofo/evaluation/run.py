@@ -8,9 +8,6 @@ them by claims. An image that cannot be read, predicted or scored gets a line wi
 listed and never averaged.
 """
 
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from mofo.data.sample import Sample
@@ -29,6 +25,7 @@ from mofo.evaluation.claims import Claims
 from mofo.evaluation.kept import file_name
 from mofo.evaluation.ledger import Ledger, Task, plain
 from mofo.evaluation.lines import Line, Writer, read_lines
+from mofo.evaluation.origin import Origin
 from mofo.evaluation.pictures import (
     chosen_keys,
     draw,
@@ -44,24 +41,6 @@ CLAIMS = "claims"
 MAX_PIXELS = 2**23  # of a batch: eight megapixels of image, truth and prediction are 0.3 GB
 POLL = 1.0  # seconds between looks at what other processes have not finished
 QUIET = 60.0  # seconds between the progress bar's lines where nobody watches it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where numbers come from."""
-
-    command: str
-    commit: str
-    machine: str
-
-
-def origin() -> Origin:
-    """This process's command, commit and machine."""
-    return Origin(
-        command=" ".join(["python", *sys.argv]),
-        commit=_commit(),
-        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-    )
 
 
 def run(
@@ -319,19 +298,3 @@ def _one_ahead(batches: Iterator[_Batch]) -> Iterator[_Batch]:
         before = batch
     if before is not None:
         yield before
-
-
-def _commit() -> str:
-    """HEAD of the checkout this package lies in, "+" if it is modified; "" outside of one."""
-    here = Path(__file__).parent
-    ask = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-    ask.append("--abbrev=12")
-    try:
-        done = subprocess.run(ask, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    return f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores"

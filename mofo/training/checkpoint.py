@@ -9,9 +9,7 @@ else is a handful of numbers. There is no random state: noise and the order of t
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from mofo import __version__
 from mofo.data.module import DataModule
+from mofo.evaluation.origin import commit
 from mofo.training import run, store
 from mofo.training.attempts import Refused
 from mofo.training.dcp import DTYPES
@@ -217,7 +216,7 @@ class Run:
                 "lightning": L.__version__,
                 "python": platform.python_version(),
             },
-            "commit": _commit(),
+            "commit": commit() or None,
         }
 
     def restore(self, path: Path) -> int:
@@ -272,15 +271,3 @@ def _room(weight: Tensor, one: Mapping[str, Any]) -> Tensor:
     if one["shape"] and list(weight.shape) == one["shape"]:
         return torch.zeros_like(weight, dtype=dtype, requires_grad=False)
     return torch.zeros(one["shape"], dtype=dtype, device=weight.device)
-
-
-@cache
-def _commit() -> str | None:
-    """That of the code, if it is a checkout, and whether it was changed since."""
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
-    folder = Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

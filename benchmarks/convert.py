@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mofo.data.make import make
-from mofo.data.sample import decode_image, encode_depth
+from mofo.data.sample import decode_picture, encode_depth
 from mofo.evaluation.origin import origin
 
 UNIT = 0.001
@@ -108,7 +108,7 @@ def loop(files: list[Path], converter: str, rank: int) -> None:
     with (files[0].parent.parent / f"bare_{rank}").open("wb") as out:
         for path in files:
             data = path.read_bytes()
-            decode_image(data)
+            decode_picture(data)
             out.write(data)
             if converter == "rgbd_folder":
                 depth = (path.parent.parent / "depth" / path.name).with_suffix(".png").read_bytes()

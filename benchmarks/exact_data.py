@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from mofo.data.module import DataModule
 from mofo.data.order import CHUNK
@@ -216,7 +217,7 @@ def sample(number: int, name: str) -> Sample:
     depth = {"metres": metres, "valid": rng.random((h, w)) < 0.5}
     return Sample(
         key=f"{name}-{number:03d}",
-        image=rng.integers(0, 256, (h, w, 3), dtype=np.uint8),
+        picture=Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)),
         **(depth if number % 3 else {"points": points}),
         captions=(f"number {number}", "noise")[: 1 + number % 2],
         metric=True,

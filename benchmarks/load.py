@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from mofo.data.module import DataModule
-from mofo.data.sample import Sample, decode_image, rasterise
+from mofo.data.sample import Sample, decode_picture, rasterise
 from mofo.data.shards import FORMAT, MANIFEST
 from mofo.data.write import write
 from mofo.evaluation.origin import origin
@@ -177,7 +177,7 @@ def sample(path: Path) -> Sample:
     data = path.read_bytes()
     return Sample(
         key=path.stem,
-        image=decode_image(data),
+        picture=decode_picture(data),
         image_bytes=data,
         points=np.fromfile(path.with_suffix(".bin"), "<f4").reshape(-1, 3),
         captions=("noise",),

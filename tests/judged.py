@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mofo.data.sample import Sample
 from mofo.evaluation.benchmark import Listed, Row
@@ -27,7 +28,7 @@ def sample(number: int, size: tuple[int, int] = (16, 20), **changes: Any) -> Sam
     valid = rng.random(size) < 0.5
     plain = {
         "key": f"image_{number}",
-        "image": rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+        "picture": Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
         "metres": np.where(valid, metres, np.float32(0)),
         "valid": valid,
         "captions": ("a room",),

@@ -15,7 +15,7 @@ def picture(number: int, *, size: tuple[int, int] = (24, 32), depth: bool = True
     valid = rng.random(size) > 1 / 3
     return Sample(
         key=f"picture-{number:04d}",
-        image=rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+        picture=Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
         metres=np.where(valid, metres, np.float32(0)) if depth else None,
         valid=valid if depth else None,
         intrinsics=np.array([[30.0, 0, 16], [0, 30.0, 12], [0, 0, 1]]),
@@ -34,7 +34,7 @@ def sparse(number: int, *, size: tuple[int, int] = (24, 32)) -> Sample:
     sky[: size[0] // 2] = rng.random((size[0] // 2, size[1])) < 0.5
     return Sample(
         key=f"sparse-{number:04d}",
-        image=rng.integers(0, 256, (*size, 3), dtype=np.uint8),
+        picture=Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)),
         points=rng.uniform(low, high, (50, 3)).astype(np.float32),
         sky=sky,
         captions=(f"sparse number {number}", "a road"),

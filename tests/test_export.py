@@ -30,7 +30,7 @@ from mofo.training.export import export
 ROOT = Path(__file__).parents[1]
 SAMPLE = Sample(
     key="a",
-    image=np.full((*SIZE, 3), 100, np.uint8),
+    picture=Image.fromarray(np.full((*SIZE, 3), 100, np.uint8)),
     metres=np.linspace(1, 3, SIZE[0] * SIZE[1], dtype=np.float32).reshape(SIZE),
     valid=np.ones(SIZE, bool),
     intrinsics=None,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 
 import train
 from mofo.data.sample import Sample
@@ -128,7 +129,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def frame(number: int) -> Sample:
         return Sample(
             key=f"frame-{number}",
-            image=rng.integers(0, 256, (16, 16, 3), dtype=np.uint8),
+            picture=Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)),
             metres=rng.uniform(1, 9, (16, 16)).astype(np.float32),
             valid=np.ones((16, 16), bool),
             intrinsics=None,

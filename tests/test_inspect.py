@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import picture, sparse
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mofo.data.convert.samples import Photograph, read
 from mofo.data.inspect import inspect, save
@@ -118,7 +118,7 @@ def test_depth_without_neighbours_is_not_judged_by_its_edges(real: list[Sample])
 
 @both
 def test_depth_of_other_images_is_found_in_a_set(samples: list[Sample]) -> None:
-    alike = [sample for sample in samples if sample.image.shape == samples[-1].image.shape]
+    alike = [sample for sample in samples if sample.shape == samples[-1].shape]
     others = [*alike[1:], alike[0]]
     mixed = [replace(a, metres=b.metres, valid=b.valid) for a, b in zip(alike, others, strict=True)]
     assert "depth does not follow the edges of the images" in findings_of_set(mixed)
@@ -127,13 +127,14 @@ def test_depth_of_other_images_is_found_in_a_set(samples: list[Sample]) -> None:
 @both
 def test_pairs_that_stand_on_their_heads_together_are_found_in_a_set(samples: list[Sample]) -> None:
     turned = [
-        replace(moved(sample, lambda a: a[::-1]), image=sample.image[::-1]) for sample in samples
+        replace(moved(one, lambda a: a[::-1]), picture=ImageOps.flip(one.picture))
+        for one in samples
     ]
     assert findings_of_set(turned) == ["upside down: depth is nearer at the top"]
 
 
 def test_swapped_channels_of_the_real_photographs_are_found(real: list[Sample]) -> None:
-    swapped = [replace(sample, image=sample.image[..., ::-1]) for sample in real]
+    swapped = [replace(one, picture=Image.fromarray(one.image[..., ::-1])) for one in real]
     assert findings_of_set(swapped) == ["red and blue may be swapped"]
 
 
@@ -143,7 +144,7 @@ def test_swapped_channels_of_the_real_photographs_are_found(real: list[Sample]) 
         (lambda s: {"metres": s.metres * np.float32(1000)}, "wrong unit"),
         (lambda s: {"metres": s.metres / np.float32(1000)}, "wrong unit"),
         (lambda s: {"metres": np.where(s.valid, np.float32(3), np.float32(0))}, "constant depth"),
-        (lambda s: {"image": np.full_like(s.image, 128)}, "blank image"),
+        (lambda s: {"picture": Image.new("RGB", s.picture.size, "grey")}, "blank image"),
         (lambda s: {"intrinsics": np.diag([64000.0, 64000, 1])}, "implausible intrinsics"),
         (lambda s: {"intrinsics": np.diag([0.64, 0.64, 1])}, "implausible intrinsics"),
     ],

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from pictures import picture, sparse
+from PIL import Image
 
 from benchmarks import exact_data
 from benchmarks.exact_data import BATCH, STEPS, Way
@@ -101,7 +102,7 @@ def ramp(number: int, h: int, w: int) -> Sample:
     metres = np.full((h, w), 1 + number, np.float32)
     return Sample(
         key=f"ramp-{number:03d}",
-        image=image,
+        picture=Image.fromarray(image),
         metres=metres,
         valid=np.ones((h, w), bool),
         metric=True,

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 SAMPLES_PER_ITEM = 2
@@ -54,11 +54,11 @@ def read(item):
     if path.stem.startswith("empty"):
         return
     image_bytes = path.read_bytes()
-    image = decode_image(image_bytes)
-    metres = image[..., 0].astype(np.float32) * np.float32(step)
+    picture = decode_picture(image_bytes)
+    metres = np.array(picture)[..., 0].astype(np.float32) * np.float32(step)
     for part in range(2):
         yield Sample(
-            key=f"{path.stem.rstrip('_')}_{part}", image=image, image_bytes=image_bytes,
+            key=f"{path.stem.rstrip('_')}_{part}", picture=picture, image_bytes=image_bytes,
             metres=metres, valid=metres > 0, depth_scale=step, metric=True, source="planted",
             licence="CC0",
         )

@@ -59,12 +59,12 @@ def test_a_predictor_declares_its_kind_and_gives_one_map_per_image() -> None:
 
 def test_mean_map_is_the_mean_of_unit_mean_depth_at_measured_pixels() -> None:
     depth = np.array([[1, 3], [2, 2]], np.float32)
-    image = np.zeros((2, 2, 3), np.uint8)
+    picture = Image.new("RGB", (2, 2))
     valid = np.array([[True, True], [True, False]])
-    first = sample(0, image=image, metres=depth, valid=np.ones((2, 2), bool))
-    second = sample(1, image=image, metres=10 * depth, valid=valid)
+    first = sample(0, picture=picture, metres=depth, valid=np.ones((2, 2), bool))
+    second = sample(1, picture=picture, metres=10 * depth, valid=valid)
     none = sample(2, metres=None, valid=None)
-    [got] = mean_map([first, second, none], side=2)([image], ["x"])
+    [got] = mean_map([first, second, none], side=2)([np.array(picture)], ["x"])
     assert np.allclose(got.depth, [[0.5, 1.5], [1.0, 1.0]])
     large = np.zeros((4, 6, 3), np.uint8)
     assert mean_map([first], side=2)([large], ["x"])[0].depth.shape == (4, 6)
@@ -74,8 +74,7 @@ def test_mean_map_weighs_images_equally_and_predicts_one_where_nothing_was_measu
     low = np.zeros((8, 8), bool)
     low[4:] = True
     metres = np.tile(np.array([1.0, 3.0], np.float32).repeat(4), (8, 1))
-    image = np.zeros((8, 8, 3), np.uint8)
-    one = sample(0, image=image, metres=metres, valid=low)
+    one = sample(0, picture=Image.new("RGB", (8, 8)), metres=metres, valid=low)
     [got] = mean_map([one], side=2)([np.zeros((2, 2, 3), np.uint8)], ["x"])
     assert np.allclose(got.depth, [[1, 1], [0.5, 1.5]])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from mofo.data.module import DataModule
 from mofo.data.sample import Sample
@@ -245,7 +246,7 @@ def frames(folder: Path, *, first: int = 0) -> DataModule:
     def sample(number: int) -> Sample:
         return Sample(
             key=f"frame-{number}",
-            image=np.full((8, 8, 3), number, np.uint8),
+            picture=Image.fromarray(np.full((8, 8, 3), number, np.uint8)),
             metres=np.ones((8, 8), np.float32),
             valid=np.ones((8, 8), bool),
             intrinsics=None,

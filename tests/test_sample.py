@@ -84,7 +84,8 @@ def test_sky_with_depth_is_refused() -> None:
         ("valid", np.ones((24, 32), np.uint8), "valid is uint8, but must be bool"),
         ("sky", np.ones((2, 2), bool), r"sky is \(2, 2\)"),
         ("points", np.ones((5, 3), np.float32), "a map or as points, not both"),
-        ("image", np.ones((24, 32, 4), np.uint8), "image is uint8"),
+        ("picture", np.ones((24, 32, 3), np.uint8), r"mode \(ndarray\).*Image.fromarray"),
+        ("picture", Image.new("RGBA", (32, 24)), "picture has mode RGBA"),
         ("metres", None, "both metres and valid"),
         ("captions", ("a text", ""), "captions"),
     ],
@@ -125,8 +126,8 @@ def test_keys_that_are_no_file_stems_are_refused(key: str) -> None:
 
 
 def test_a_sample_needs_neither_depth_nor_caption_nor_intrinsics() -> None:
-    image = np.zeros((4, 6, 3), np.uint8)
-    sample = Sample(key="bare", image=image, metric=True, source="test", licence="CC0")
+    black = Image.new("RGB", (6, 4))
+    sample = Sample(key="bare", picture=black, metric=True, source="test", licence="CC0")
     sample.check()
     assert sample.depth is None
     assert sample.captions == ()

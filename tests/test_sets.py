@@ -432,7 +432,7 @@ def test_our_own_shards_have_keys_and_a_hash_without_being_read(tmp_path: Path) 
     samples = [
         Sample(
             key=f"image_{number}",
-            image=np.full((8, 8, 3), number, np.uint8),
+            picture=Image.fromarray(np.full((8, 8, 3), number, np.uint8)),
             metres=np.full((8, 8), 2.0, np.float32),
             valid=np.ones((8, 8), bool),
             metric=True,

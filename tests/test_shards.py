@@ -18,7 +18,7 @@ from PIL import Image
 
 from mofo.data import shards as shards_module
 from mofo.data import storage
-from mofo.data.sample import Log, Sample, decode_image, encode_depth
+from mofo.data.sample import Log, Sample, decode_picture, encode_depth
 from mofo.data.shards import DamagedSample, Shards
 from mofo.data.write import write
 
@@ -48,7 +48,7 @@ def kinds() -> list[Sample]:
         picture(2, depth=False),
         replace(picture(3), captions=(), intrinsics=None, metric=False),
         replace(masked, sky=~masked.valid),
-        replace(picture(5), image=decode_image(data), image_bytes=data),
+        replace(picture(5), picture=decode_picture(data), image_bytes=data),
         wide(6),
     ]
 
@@ -91,7 +91,7 @@ def test_a_second_round_through_the_disk_changes_nothing(tmp_path: Path) -> None
 
 def test_encoded_images_are_stored_as_they_are(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(picture(0).image), "JPEG", quality=30)
-    sample = replace(picture(0), image=decode_image(data), image_bytes=data)
+    sample = replace(picture(0), picture=decode_picture(data), image_bytes=data)
     write([sample], tmp_path, "set")
     with tarfile.open(tmp_path / "set-000000.tar") as tar:
         assert tar.extractfile("picture-0000.jpg").read() == data
@@ -172,7 +172,7 @@ def test_sizes_of_images_are_known_without_reading_them(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 6
     data = encoded(Image.new("RGB", (7, 5)), "JPEG", exif=turned)
-    upright = {"image": decode_image(data), "image_bytes": data}
+    upright = {"picture": decode_picture(data), "image_bytes": data}
     samples = [picture(0), replace(picture(1, depth=False), **upright)]
     write(samples, tmp_path, "set")
     (shards := Shards(tmp_path)).read = None
@@ -185,7 +185,7 @@ def test_the_manifest_counts_what_was_written(tmp_path: Path) -> None:
     quarter = np.zeros((4, 8), bool)
     quarter[:2, :4] = True
     metres = np.where(quarter, np.float32(2), np.float32(0))
-    near = {"image": np.zeros((4, 8, 3), np.uint8), "metres": metres, "valid": quarter}
+    near = {"picture": Image.new("RGB", (8, 4)), "metres": metres, "valid": quarter}
     samples = [
         *(replace(picture(n), **near, intrinsics=None) for n in range(3)),
         replace(sparse(3, size=(10, 20)), captions=()),

@@ -13,6 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
+from PIL import Image
 from torch import Tensor, nn
 
 import train
@@ -57,7 +58,7 @@ def picture(number: int) -> Sample:
     valid = rng.random((32, 32)) > 0.2
     return Sample(
         key=f"picture-{number:02d}",
-        image=colours.clip(0, 255).astype(np.uint8),
+        picture=Image.fromarray(colours.clip(0, 255).astype(np.uint8)),
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         intrinsics=None,

@@ -55,7 +55,7 @@ class Gates:
 
         `depth` False: its depth is not used, so no gate looks at it.
         """
-        if min(sample.image.shape[:2]) < self.min_image_size:
+        if min(sample.shape) < self.min_image_size:
             return "min_image_size"
         least, most = self.caption_length
         captions = tuple(text for text in sample.captions if least <= len(text) <= most)
@@ -67,7 +67,7 @@ class Gates:
 
     def _admit_depth(self, sample: Sample) -> Sample | str:
         sample = self._cut(sample)
-        h, w = sample.image.shape[:2]
+        h, w = sample.shape
         count = 0 if (depths := _depths(sample)) is None else len(depths)
         if count < self.min_measured_count:
             return "min_measured_count"

@@ -280,11 +280,11 @@ def _card(sample: Sample, findings: list[Finding]) -> Card:
 
 def _pictures(sample: Sample) -> list[Picture]:
     """Small pictures of one size: the image, its depth, and depth upon the grey image."""
-    h, w = sample.image.shape[:2]
+    h, w = sample.shape
     scale = SIDE / max(h, w)
     size = max(1, round(h * scale)), max(1, round(w * scale))
     resample = Image.Resampling.BOX if scale < 1 else Image.Resampling.NEAREST
-    image = np.array(Image.fromarray(sample.image).resize((size[1], size[0]), resample))
+    image = np.array(sample.picture.resize((size[1], size[0]), resample))
     if sample.depth is None:
         return [image]
     share = sample.depth[1].mean()
@@ -303,7 +303,7 @@ def _pictures(sample: Sample) -> list[Picture]:
 
 def _scaled(sample: Sample, size: tuple[int, int]) -> np.ndarray:
     """Where the image has depth, as points of a picture of `size`."""
-    h, w = sample.image.shape[:2]
+    h, w = sample.shape
     if sample.points is not None:
         u, v, z = sample.points.T
     else:

@@ -1,6 +1,6 @@
 """What a source yields (`Sample`), what a training step takes (`Batch`), and files <-> arrays.
 
-Images are uint8 RGB in samples and float in [-1, 1] in batches. Depth is the distance along the
+Images are 8-bit RGB in samples and float in [-1, 1] in batches. Depth is the distance along the
 optical axis, in metres (in the source's own unit where `metric` is false), either as a map or as
 points. Pixel centres are at half-integers: pixel (row 0, column 0) covers [0, 1) x [0, 1).
 """
@@ -37,15 +37,16 @@ Points = Float32[np.ndarray, "n 3"]
 class Sample:
     """One image with its depth, or without.
 
-    Depth is a map (`metres`, and `valid`: True exactly where it was measured), or `points`: u, v in
-    pixels and depth, of which several may fall into one pixel; never both. `sky` is True where the
-    source says sky, None where it says nothing; sky has no depth. `image_bytes` is the file the
-    image was decoded from; a shard stores it as it is. `depth_scale` is the step of the integers
-    the map came from, so that writing it again is exact; None lets the writer choose.
+    `picture` is RGB and upright, and `image` its pixels. Depth is a map (`metres`, and `valid`:
+    True exactly where it was measured), or `points`: u, v in pixels and depth, of which several may
+    fall into one pixel; never both. `sky` is True where the source says sky, None where it says
+    nothing; sky has no depth. `image_bytes` is the file the picture was decoded from; a shard
+    stores it as it is. `depth_scale` is the step of the integers the map came from, so that
+    writing it again is exact; None lets the writer choose.
     """
 
     key: str
-    image: UInt8[np.ndarray, "h w 3"]
+    picture: Image.Image
     metres: Float32[np.ndarray, "h w"] | None = None
     valid: Bool[np.ndarray, "h w"] | None = None
     points: Float32[np.ndarray, "n 3"] | None = None
@@ -62,16 +63,17 @@ class Sample:
         """What can be told at a glance; `check` looks at every depth."""
         if not is_key(self.key):
             raise ValueError(f"key {self.key!r} names files: use no '.', '/' or '\\' in it")
-        if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] != 3:
+        mode = getattr(self.picture, "mode", f"({type(self.picture).__name__})")
+        if mode != "RGB":
             raise ValueError(
-                f"{self.key}: image is {self.image.dtype} {self.image.shape}, but must be "
-                "uint8 (h, w, 3); decode_image makes one from any file"
+                f"{self.key}: picture has mode {mode}, but must be a PIL image of mode RGB; "
+                "decode_picture makes one from any file, Image.fromarray from uint8 (h, w, 3)"
             )
         if (self.metres is None) != (self.valid is None):
             raise ValueError(f"{self.key}: give both metres and valid, or neither")
         if self.metres is not None and self.points is not None:
             raise ValueError(f"{self.key}: give depth as a map or as points, not both")
-        size = self.image.shape[:2]
+        size = self.shape
         maps = (("metres", np.float32, size), ("valid", np.bool_, size), ("sky", np.bool_, size))
         for name, dtype, shape in (*maps, ("points", np.float32, (-1, 3))):
             array = getattr(self, name)
@@ -111,10 +113,20 @@ class Sample:
             )
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.picture.height, self.picture.width
+
+    @property
+    def image(self) -> UInt8[np.ndarray, "h w 3"]:
+        """The pixels, made anew: most pictures are cut and resized before anyone needs them."""
+        return np.array(self.picture)
+
+    @property
     def depth(self) -> tuple[Metres, Valid] | None:
         """A map of depth and where it was measured, if there is any; made anew from points."""
         if self.points is not None:
-            return rasterise(self.points, self.image.shape[:2])
+            return rasterise(self.points, self.shape)
         if self.metres is None or self.valid is None:
             return None
         return self.metres, self.valid
@@ -146,7 +158,7 @@ class Sample:
 
     def _check_places(self) -> None:
         assert self.points is not None
-        h, w = self.image.shape[:2]
+        h, w = self.shape
         u, v, _ = self.points.T
         # A comparison with NaN is false, so NaN is outside as well.
         outside = np.flatnonzero(~((u >= 0) & (u < w) & (v >= 0) & (v < h)))
@@ -236,13 +248,18 @@ def open_image(source: bytes | str | Path) -> Image.Image:
 
 
 def decode_image(source: bytes | str | Path | Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB pixels of an image (a file, its bytes, or a PIL image) of any mode, upright.
+    """The pixels of `decode_picture`."""
+    return np.array(decode_picture(source))
+
+
+def decode_picture(source: bytes | str | Path | Image.Image) -> Image.Image:
+    """An image (a file, its bytes, or a PIL image) of any mode as RGB, upright, decoded whole.
 
     16-bit grey is scaled to 8 bits, transparency is composited on white, EXIF rotation is applied.
     """
     if not isinstance(source, Image.Image):
         with open_image(source) as opened:
-            return decode_image(opened)
+            return decode_picture(opened)
     # It copies even an upright picture.
     turned = source.getexif().get(ORIENTATION, 1) != 1
     image = ImageOps.exif_transpose(source) if turned else source
@@ -255,7 +272,9 @@ def decode_image(source: bytes | str | Path | Image.Image) -> UInt8[np.ndarray, 
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    # Files are decoded when first looked at; what is damaged must be known here.
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_mask(source: bytes | str | Path) -> Bool[np.ndarray, "h w"]:

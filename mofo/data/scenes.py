@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from mofo.data.sample import Sample
 from mofo.data.world.raycast import Camera, View, render
@@ -54,7 +55,7 @@ def generate(
     valid = (view.shape >= 0) & (view.metres < FURTHEST)
     return Sample(
         key=f"{scene.kind}-{split}-{seed:08d}",
-        image=view.image,
+        picture=Image.fromarray(view.image),
         metres=np.where(valid, view.metres, np.float32(0)),
         valid=valid,
         intrinsics=camera.intrinsics(size),

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mofo.data.order import Recent
-from mofo.data.sample import DAMAGE, Log, Sample, decode_depth, decode_image, decode_mask, is_key
+from mofo.data.sample import DAMAGE, Log, Sample, decode_depth, decode_mask, decode_picture, is_key
 from mofo.data.storage import Cache, is_remote, patiently, read_bytes
 
 log = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def _decode(key: str, members: Mapping[str, bytes]) -> Sample:
         sky = decode_mask(members["sky.png"])
     sample = Sample(
         key=key,
-        image=decode_image(image),
+        picture=decode_picture(image),
         **_decode_depth(row["depth"], members),
         sky=sky,
         intrinsics=None if intrinsics is None else np.array(intrinsics, np.float64),

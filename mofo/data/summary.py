@@ -21,7 +21,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 def tally(sample: Sample) -> Tally:
     """What one sample counts for."""
-    h, w = sample.image.shape[:2]
+    h, w = sample.shape
     has = {
         "metric": sample.metric,
         "points": sample.points is not None,

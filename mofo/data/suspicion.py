@@ -67,12 +67,12 @@ class Measures(NamedTuple):
 
 
 def measure(sample: Sample) -> Measures:
-    fits, num_pairs, tilt = None, 0, None
+    image, fits, num_pairs, tilt = sample.image, None, 0, None
     if sample.depth is not None:
         metres, valid = sample.depth
-        fits, num_pairs = alignment(sample.image, metres, valid)
+        fits, num_pairs = alignment(image, metres, valid)
         tilt = _correlation(np.log(metres[valid]), np.nonzero(valid)[0])
-    return Measures(fits, num_pairs, tilt, warmth(sample.image))
+    return Measures(fits, num_pairs, tilt, warmth(image))
 
 
 def judge(sample: Sample, measures: Measures) -> Iterator[Finding]:

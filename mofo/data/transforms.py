@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mofo.data.sample import Points, Sample
 from mofo.data.sparsity import sparsify
@@ -63,10 +63,10 @@ def crop_resize(sample: Sample, box: Box, size: tuple[int, int]) -> Sample:
     """
     top, left, height, width = box
     rows, columns = slice(top, top + height), slice(left, left + width)
-    image = sample.image[rows, columns]
+    picture = sample.picture.crop((left, top, left + width, top + height))
     h, w = size
     if (height, width) != size:
-        image = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
+        picture = picture.resize((w, h), Image.Resampling.LANCZOS)
     metres, valid, points, sky, intrinsics = sample.metres, sample.valid, None, None, None
     if metres is not None and valid is not None:
         metres, valid = nearest_measured(metres[rows, columns], valid[rows, columns], size)
@@ -81,7 +81,7 @@ def crop_resize(sample: Sample, box: Box, size: tuple[int, int]) -> Sample:
         intrinsics = np.diag([scale_x, scale_y, 1.0]) @ shift @ sample.intrinsics
     return replace(
         sample,
-        image=np.array(image),
+        picture=picture,
         metres=metres,
         valid=valid,
         points=points,
@@ -142,21 +142,28 @@ def flip(sample: Sample) -> Sample:
     """The mirror image, left and right exchanged."""
     intrinsics = sample.intrinsics
     if intrinsics is not None:
-        mirror = np.array([[-1, 0, sample.image.shape[1]], [0, 1, 0], [0, 0, 1]], np.float64)
+        mirror = np.array([[-1, 0, sample.picture.width], [0, 1, 0], [0, 0, 1]], np.float64)
         # The camera's x axis turns around as well, so that fx stays positive.
         intrinsics = mirror @ intrinsics @ np.diag([-1.0, 1.0, 1.0])
     mirrored = {
         name: torch.from_numpy(array).flip(1).numpy()  # ten times as fast as numpy's copy
-        for name in ("image", "metres", "valid", "sky")
+        for name in ("metres", "valid", "sky")
         if (array := getattr(sample, name)) is not None
     }
     points = sample.points
     if points is not None:
-        width = np.float32(sample.image.shape[1])
+        width = np.float32(sample.picture.width)
         # A pixel holds its left edge and not its right one, so u = 0 must not become u = width.
         u = np.minimum(width - points[:, 0], np.nextafter(width, np.float32(0)))
         points = np.column_stack([u, points[:, 1:]])
-    return replace(sample, **mirrored, points=points, intrinsics=intrinsics, image_bytes=None)
+    return replace(
+        sample,
+        picture=ImageOps.mirror(sample.picture),
+        **mirrored,
+        points=points,
+        intrinsics=intrinsics,
+        image_bytes=None,
+    )
 
 
 def thin(
@@ -171,6 +178,8 @@ def thin(
         return sample
     metres, valid = depth
     pattern = patterns[int(rng.integers(len(patterns)))]
+    if pattern == "dense" and max_kept == 1:
+        return replace(sample, metres=metres, valid=valid, points=None)
     kept = sparsify(sample.image, metres, valid, pattern=pattern, max_kept=max_kept, rng=rng)
     return replace(sample, metres=np.where(kept, metres, np.float32(0)), valid=kept, points=None)
 

@@ -96,7 +96,7 @@ def pack(sample: Sample) -> Packed:
         "licence": sample.licence,
     }
     members["json"] = json.dumps(row, ensure_ascii=False).encode()
-    h, w = sample.image.shape[:2]
+    h, w = sample.shape
     return Packed(sample.key, members, (h, w), tally(sample))
 
 
@@ -114,10 +114,10 @@ def _encode_image(sample: Sample) -> dict[str, bytes]:
             "leave image_bytes out to have the pixels stored as PNG"
         )
     # An EXIF rotation may exchange the sides.
-    if sorted(size) != sorted(sample.image.shape[:2]):
+    if sorted(size) != sorted(sample.shape):
         raise ValueError(
-            f"{sample.key}: image_bytes hold {size[1]}x{size[0]} pixels, but image is "
-            f"{'x'.join(map(str, sample.image.shape[:2]))}; give the file it was decoded from"
+            f"{sample.key}: image_bytes hold {size[1]}x{size[0]} pixels, but picture is "
+            f"{'x'.join(map(str, sample.shape))}; give the file it was decoded from"
         )
     return {IMAGE_EXTENSIONS[kind]: data}
 

@@ -53,10 +53,10 @@ def clouds(
     made = mofo.image_to_depth([sample.image for sample in samples], num_steps=num_steps)
     shown = []
     for result, sample in zip(made, samples, strict=True):
-        factor = max(1, SIDE // len(sample.image))
+        factor = max(1, SIDE // sample.picture.height)
         intrinsics = sample.intrinsics
         if intrinsics is None:
-            intrinsics = intrinsics_from_fov(*sample.image.shape[:2])
+            intrinsics = intrinsics_from_fov(*sample.shape)
         # enlarged, so that the few points of a small picture close into a surface
         image = enlarge(sample.image, factor)
         points = point_cloud(

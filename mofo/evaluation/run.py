@@ -135,7 +135,7 @@ class _Run:
     def _batch_size(self, task: Task) -> int:
         """The same whoever asks: a batch's predictions may depend on it in their last bits."""
         try:
-            h, w = task.images.read(0).image.shape[:2]
+            h, w = task.images.read(0).shape
         except Exception:
             return self.batch_size
         return min(self.batch_size, max(1, MAX_PIXELS // (h * w)))

@@ -258,7 +258,7 @@ def show(trainer: Any, drawn: picture.Picture, path: Path, name: str) -> None:
 
 def _held_out(shards: Shards, index: int, size: tuple[int, int], *, counts: bool) -> HeldOut:
     whole = shards.read(index)
-    one = crop_resize(whole, centre_box(whole.image.shape[:2], size), size)
+    one = crop_resize(whole, centre_box(whole.shape, size), size)
     metres, valid = one.depth or (np.zeros(size, np.float32), np.zeros(size, bool))
     return HeldOut(one.key, one.image, metres, valid, counts)
 

@@ -27,7 +27,7 @@ from jaxtyping import Float64
 from pyarrow import feather
 
 from mofo.data import lidar
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "CC BY-NC-SA 4.0; cite Wilson et al., Argoverse 2, NeurIPS Datasets and Benchmarks 2021"
@@ -96,14 +96,14 @@ def read(item: Item) -> Iterator[Sample]:
         near = returns[np.abs(times - time) <= MAX_LAG]
         intrinsics = _intrinsics(lenses, camera)
         image_bytes = (log / "sensors/cameras" / camera / f"{time}.jpg").read_bytes()
-        image = decode_image(image_bytes)
+        picture = decode_picture(image_bytes)
         uvz = lidar.project(lidar.move(near, camera_from_city @ city_from_sweep), intrinsics)
-        points = lidar.visible(uvz, intrinsics[0, 0], image.shape[:2])
+        points = lidar.visible(uvz, intrinsics[0, 0], (picture.height, picture.width))
         if not len(points):
             continue
         yield Sample(
             key=f"{log.name}_{camera}_{time}",
-            image=image,
+            picture=picture,
             points=points,
             intrinsics=intrinsics,
             metric=True,

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
+from PIL import Image
 
-from mofo.data.sample import Sample, decode_depth, decode_image
+from mofo.data.sample import Sample, decode_depth, decode_image, decode_picture
 
 VERSION = 1
 LICENCE = "ARKitScenes licence of Apple (non-commercial); cite Baruch et al., NeurIPS 2021"
@@ -72,20 +73,21 @@ def find(source: Path, *, highres: bool = False, every: int = 1) -> list[Frame]:
 def read(item: Frame) -> Iterator[Sample]:
     """The frame, upright."""
     published = item.image.read_bytes()
-    image = decode_image(published)
+    picture = decode_picture(published)
     metres, valid = decode_depth(item.depth.read_bytes(), STEP)
     if item.confidence is not None:
         # Confidence is grey; a picture of it has it in each channel.
         valid &= decode_image(item.confidence.read_bytes())[..., 0] >= CONFIDENT
     if not valid.any():
         return
-    intrinsics = None if item.camera is None else _camera(item.camera, *image.shape[:2])
+    intrinsics = None if item.camera is None else _camera(item.camera, *picture.size[::-1])
     for _ in range(item.quarters):
-        intrinsics = None if intrinsics is None else _turn(intrinsics, image.shape[1])
-        image, metres, valid = (np.rot90(array).copy() for array in (image, metres, valid))
+        intrinsics = None if intrinsics is None else _turn(intrinsics, picture.width)
+        picture = picture.transpose(Image.Transpose.ROTATE_90)
+        metres, valid = np.rot90(metres).copy(), np.rot90(valid).copy()
     yield Sample(
         key=item.image.stem.replace(".", "_"),
-        image=image,
+        picture=picture,
         image_bytes=published if item.quarters == 0 else None,
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "CC BY 4.0; cite Yao et al., BlendedMVS, CVPR 2020"
@@ -53,7 +53,7 @@ def read(item: Item) -> Iterator[Sample]:
     image_bytes = (project / "blended_images" / f"{name}.jpg").read_bytes()
     yield Sample(
         key=re.sub(r"[./\\]", "_", f"{project.name}_{name}"),
-        image=decode_image(image_bytes),
+        picture=decode_picture(image_bytes),
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         intrinsics=_read_intrinsics(project / "cams" / f"{name}_cam.txt"),

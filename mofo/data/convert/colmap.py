@@ -28,7 +28,7 @@ from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 
 from mofo.data.colmap import Camera, Points, View, is_model, observe, read_points, read_views
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "unknown"
@@ -95,15 +95,15 @@ def read(item: Item) -> Iterator[Sample]:
     points = _points(project.model, project.min_track, project.max_error)
     seen = observe(project.model, view, points, max_error=project.max_error)
     image_bytes = (project.images / view.name).read_bytes()
-    image = decode_image(image_bytes)
+    picture = decode_picture(image_bytes)
     with Image.open(BytesIO(image_bytes)) as opened:
         orientation = opened.getexif().get(ExifTag.Orientation, 1)
     turned = orientation in (5, 6, 7, 8)
-    height, width = image.shape[1::-1] if turned else image.shape[:2]
+    width, height = picture.size[::-1] if turned else picture.size
     scale = _scale(key, view.camera, width, height)
     pixels = _upright(seen[:, :2] * scale, width, height, orientation)
     found = np.column_stack([pixels, seen[:, 2]]).astype(np.float32)
-    inside = (found[:, :2] >= 0) & (found[:, :2] < image.shape[1::-1])
+    inside = (found[:, :2] >= 0) & (found[:, :2] < picture.size)
     found = found[inside.all(axis=1)]
     if not len(found):
         return
@@ -116,7 +116,7 @@ def read(item: Item) -> Iterator[Sample]:
         intrinsics = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], np.float64)
     yield Sample(
         key=key,
-        image=image,
+        picture=picture,
         points=found,
         intrinsics=intrinsics,
         metric=project.metric,

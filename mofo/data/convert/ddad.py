@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mofo.data import lidar
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "CC BY-NC-SA 4.0; cite Guizilini et al., CVPR 2020"
@@ -94,15 +94,15 @@ def read(item: Item) -> Iterator[Sample]:
     for camera, datum in item.images:
         intrinsics = _intrinsics(calibration, camera)
         image_bytes = datum.file.read_bytes()
-        image = decode_image(image_bytes)
+        picture = decode_picture(image_bytes)
         camera_from_world = np.linalg.inv(_transform(datum))
         uvz = lidar.project(lidar.move(returns, camera_from_world), intrinsics)
-        points = lidar.visible(uvz, intrinsics[0, 0], image.shape[:2])
+        points = lidar.visible(uvz, intrinsics[0, 0], (picture.height, picture.width))
         if not len(points):
             continue
         yield Sample(
             key=f"{item.calibration.parents[1].name}_{camera}_{datum.file.stem}",
-            image=image,
+            picture=picture,
             points=points,
             intrinsics=intrinsics,
             metric=True,

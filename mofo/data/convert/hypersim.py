@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 from jaxtyping import Float, Float64
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 from mofo.geometry import unproject
 
 VERSION = 1
@@ -80,11 +80,11 @@ def read(item: Frame) -> Iterator[Sample]:
     valid = np.isfinite(metres) & (metres > 0)
     if not valid.any():
         return
-    picture = item.image.read_bytes()
+    image_bytes = item.image.read_bytes()
     yield Sample(
         key=item.key,
-        image=decode_image(picture),
-        image_bytes=picture,
+        picture=decode_picture(image_bytes),
+        image_bytes=image_bytes,
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         intrinsics=intrinsics,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "unknown"
@@ -81,7 +81,7 @@ def read(item: Item) -> Iterator[Sample]:
         captions = tuple(line.strip() for line in lines if line.strip())
     yield Sample(
         key=item.key,
-        image=decode_image(image_bytes),
+        picture=decode_picture(image_bytes),
         captions=captions,
         metric=False,
         source=item.dataset,

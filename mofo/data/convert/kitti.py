@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mofo.data import lidar
-from mofo.data.sample import Sample, decode_depth, decode_image
+from mofo.data.sample import Sample, decode_depth, decode_picture
 
 VERSION = 1
 LICENCE = "CC BY-NC-SA 3.0; cite Geiger et al., IJRR 2013, and Uhrig et al., 3DV 2017"
@@ -73,7 +73,7 @@ def read(item: Item) -> Iterator[Sample]:
     camera, drive = image_path.parts[-3], image_path.parents[2]
     matrix, intrinsics = _read_calibration(drive.parent, camera)
     image_bytes = image_path.read_bytes()
-    image = decode_image(image_bytes)
+    picture = decode_picture(image_bytes)
     metres, valid, points = None, None, None
     if depth_path is not None:
         metres, valid = decode_depth(depth_path, STEP)
@@ -81,13 +81,13 @@ def read(item: Item) -> Iterator[Sample]:
     else:
         returns = np.fromfile(scan, "<f4").reshape(-1, 4)[:, :3]
         uvz = lidar.project(lidar.move(returns, matrix), intrinsics)
-        points = lidar.visible(uvz, intrinsics[0, 0], image.shape[:2])
+        points = lidar.visible(uvz, intrinsics[0, 0], (picture.height, picture.width))
         empty = not len(points)
     if empty:
         return
     yield Sample(
         key=f"{drive.name}_{camera}_{image_path.stem}",
-        image=image,
+        picture=picture,
         metres=metres,
         valid=valid,
         points=points,

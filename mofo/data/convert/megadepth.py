@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = (
@@ -59,12 +59,12 @@ def read(item: Item) -> Iterator[Sample]:
 
     key, image_path, depth_path = item
     image_bytes = image_path.read_bytes()
-    image = decode_image(image_bytes)
+    picture = decode_picture(image_bytes)
     with h5py.File(depth_path, "r") as file:
         stored = file["depth"]
-        if not isinstance(stored, h5py.Dataset) or stored.shape != image.shape[:2]:
+        if not isinstance(stored, h5py.Dataset) or stored.shape != picture.size[::-1]:
             raise ValueError(
-                f"{depth_path} holds {stored}, but the image is {image.shape[:2]}; "
+                f"{depth_path} holds {stored}, but the image is {picture.size[::-1]}; "
                 "extract both again from the archive"
             )
         metres = stored[()].astype(np.float32)
@@ -73,7 +73,7 @@ def read(item: Item) -> Iterator[Sample]:
         return
     yield Sample(
         key=key,
-        image=image,
+        picture=picture,
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         metric=False,

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mofo.data.logdepth import decode_log_depth
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 2
 LICENCE = "unknown"
@@ -76,15 +76,15 @@ def read(item: Item) -> Iterator[Sample]:
     if not valid.any():
         return
     image_bytes = (item.folder / "image.jpg").read_bytes()
-    image = decode_image(image_bytes)
+    picture = decode_picture(image_bytes)
     yield Sample(
         key=item.key,
-        image=image,
+        picture=picture,
         metres=depth * np.float32(item.unit or 1.0),
         valid=valid,
         # A map without a single infinite pixel may come from a set that labels none.
         sky=sky if sky.any() else None,
-        intrinsics=_read_intrinsics(item.folder / "meta.json", *image.shape[:2]),
+        intrinsics=_read_intrinsics(item.folder / "meta.json", *picture.size[::-1]),
         metric=item.unit is not None,
         source=item.dataset,
         licence=item.licence,

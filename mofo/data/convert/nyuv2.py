@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
+from PIL import Image
 from scipy.io import loadmat
 
 from mofo.data.sample import Sample
@@ -64,7 +65,7 @@ def read(item: Frame) -> Iterator[Sample]:
         return
     yield Sample(
         key=f"nyuv2_{item.number:04d}",
-        image=np.ascontiguousarray(image.transpose(2, 1, 0)),
+        picture=Image.fromarray(np.ascontiguousarray(image.transpose(2, 1, 0))),
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         intrinsics=np.array([[FX, 0, CX - 0.5], [0, FY, CY - 0.5], [0, 0, 1]]),

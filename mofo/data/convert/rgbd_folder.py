@@ -25,7 +25,7 @@ from jaxtyping import Shaped
 from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "unknown"
@@ -98,7 +98,7 @@ def read(item: Item) -> Iterator[Sample]:
     metres = np.where(valid, values, 0).astype(np.float64) * item.unit
     yield Sample(
         key=item.key,
-        image=decode_image(image_bytes),
+        picture=decode_picture(image_bytes),
         metres=metres.astype(np.float32),
         valid=valid,
         metric=item.metric,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mofo.data.sample import Sample, decode_depth, decode_image
+from mofo.data.sample import Sample, decode_depth, decode_picture
 
 VERSION = 1
 LICENCE = "of each photograph its own: data/samples/LICENSES.md"
@@ -43,7 +43,7 @@ def read(item: Photograph) -> Iterator[Sample]:
     terms = [row[name] for name in ("licence", "notice", "cite") if name in row]
     yield Sample(
         key=row["name"],
-        image=decode_image(image_bytes),
+        picture=decode_picture(image_bytes),
         metres=metres,
         valid=valid,
         intrinsics=_intrinsics(row["intrinsics"]),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, UInt16
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 from mofo.data.sens import Header, read_frame, read_header
 
 VERSION = 1
@@ -46,7 +46,7 @@ def find(source: Path, *, every: int = 1) -> list[Frame]:
 
 def read(item: Frame) -> Iterator[Sample]:
     """The frame, unless its depth is empty or misses the picture."""
-    header, picture, codes = read_frame(item.sens, item.index)
+    header, image_bytes, codes = read_frame(item.sens, item.index)
     metres, valid = register(codes, header)
     if not valid.any():
         return
@@ -55,8 +55,8 @@ def read(item: Frame) -> Iterator[Sample]:
     intrinsics[:2, 2] += 0.5
     yield Sample(
         key=f"{item.sens.stem}_{item.index:06d}",
-        image=decode_image(picture),
-        image_bytes=picture,
+        picture=decode_picture(image_bytes),
+        image_bytes=image_bytes,
         metres=metres,
         valid=valid,
         depth_scale=1 / header.units if same_camera else None,

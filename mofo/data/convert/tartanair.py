@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = "CC BY 4.0; cite Wang et al., TartanAir, IROS 2020"
@@ -58,17 +58,17 @@ def read(item: Frame) -> Iterator[Sample]:
     valid = np.isfinite(metres) & (metres > 0) & ~sky
     if not valid.any():
         return
-    picture = item.image.read_bytes()
-    image = decode_image(picture)
-    if image.shape[:2] != SIZE:
+    image_bytes = item.image.read_bytes()
+    picture = decode_picture(image_bytes)
+    if picture.size[::-1] != SIZE:
         raise ValueError(
-            f"{item.image} is {image.shape[:2]}, but the published intrinsics are those of {SIZE}; "
-            "take the files of the first version of TartanAir, as they are"
+            f"{item.image} is {picture.size[::-1]}, but the published intrinsics are those of "
+            f"{SIZE}; take the files of the first version of TartanAir, as they are"
         )
     yield Sample(
         key=item.key,
-        image=image,
-        image_bytes=picture,
+        picture=picture,
+        image_bytes=image_bytes,
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         sky=sky,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mofo.data.sample import MAX_CODE, Sample, decode_depth, decode_image
+from mofo.data.sample import MAX_CODE, Sample, decode_depth, decode_picture
 
 VERSION = 1
 LICENCE = "CC BY-NC-SA 3.0; cite Cabon et al., Virtual KITTI 2, arXiv 2001.10773"
@@ -64,12 +64,12 @@ def read(item: Frame) -> Iterator[Sample]:
     valid &= ~sky
     if not valid.any():
         return
-    picture = item.image.read_bytes()
+    image_bytes = item.image.read_bytes()
     fx, fy, cx, cy = item.camera
     yield Sample(
         key=item.key,
-        image=decode_image(picture),
-        image_bytes=picture,
+        picture=decode_picture(image_bytes),
+        image_bytes=image_bytes,
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         depth_scale=STEP,

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float32, Float64
 from pyarrow import parquet
 
 from mofo.data import lidar
-from mofo.data.sample import Sample, decode_image
+from mofo.data.sample import Sample, decode_picture
 
 VERSION = 1
 LICENCE = (
@@ -131,13 +131,13 @@ def _sample(
     # The index of a pixel, whose centre is half a pixel farther.
     places = np.concatenate([cells[first, 1:3], cells[second, 4:6]], dtype=np.float64) + 0.5
     depth = _depth(np.concatenate([world[first], world[second]]), places, row, lens)
-    image = decode_image(row["image"])
+    picture = decode_picture(row["image"])
     fu, fv, cu, cv = (lens[f"intrinsic.{key}"] for key in ("f_u", "f_v", "c_u", "c_v"))
-    points = lidar.visible(np.column_stack([places, depth]), fu, image.shape[:2])
+    points = lidar.visible(np.column_stack([places, depth]), fu, (picture.height, picture.width))
     if len(points):
         yield Sample(
             key=f"{item.segment}_{row[TIME]}_{name}",
-            image=image,
+            picture=picture,
             points=points,
             # Pixel 0 begins at the left edge of the image: half-integer centres, as ours.
             intrinsics=np.array([[fu, 0, cu], [0, fv, cv], [0, 0, 1]], np.float64),

@@ -36,5 +36,5 @@ def _read(row: Row, shards: Shards, chosen: Sequence[int], index: int) -> Sample
     sample = shards.read(chosen[index])
     if row.size is not None:
         size = (row.size[0], row.size[1])
-        sample = crop_resize(sample, centre_box(sample.image.shape[:2], size), size)
+        sample = crop_resize(sample, centre_box(sample.shape, size), size)
     return sample

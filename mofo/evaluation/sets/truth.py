@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt8
+from PIL import Image
 
 from mofo.data.sample import Sample
 from mofo.evaluation.benchmark import Row
@@ -43,7 +44,7 @@ def cut_and_mask(
         raise ValueError(f"{key}: no pixel has measured depth, so there is nothing to score")
     return Sample(
         key=key,
-        image=np.ascontiguousarray(image),
+        picture=Image.fromarray(np.ascontiguousarray(image)),
         metres=np.where(valid, metres, np.float32(0)),
         valid=valid,
         intrinsics=intrinsics,

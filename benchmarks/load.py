@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mofo.data.loader import keep_memory
 from mofo.data.module import DataModule
 from mofo.data.sample import Sample, decode_picture, rasterise
 from mofo.data.shards import FORMAT, MANIFEST
@@ -128,6 +129,7 @@ def bare(files: list[Path], args: argparse.Namespace) -> tuple[float, int]:
 
 def loop(files: list[Path], count: int, rank: int, ready) -> None:
     rng = np.random.default_rng(rank)
+    keep_memory()
     ready.wait()
     for _ in range(count):
         images, maps, masks = [], [], []

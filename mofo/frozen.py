@@ -12,12 +12,16 @@ from mofo.model import autoencoder as autoencoders
 from mofo.model import text as texts
 from mofo.model.dit import ThreeStreamDiT
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by the names they have in configs
+
 
 class Encoders:
     """Captions -> text tokens, images <-> image tokens.
 
     `text` and `autoencoder` are paths, or "small" for the shipped ones; `text` may be a hub id. The
     text encoder is large and seldom needed: it is loaded by the first caption that it has not seen.
+    Both compute in `dtype`, but for the text encoder if `text_dtype` names another; tokens of
+    images are float32 in any case.
     """
 
     def __init__(
@@ -27,9 +31,13 @@ class Encoders:
         autoencoder: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        text_dtype: str | None = None,
     ) -> None:
+        if text_dtype is not None and text_dtype not in DTYPES:
+            raise ValueError(f"text_dtype is {text_dtype!r}; accepted: {', '.join(DTYPES)}")
         self.name = str(text)
-        self.text_encoder = texts.load(text, device=device, dtype=dtype)
+        text_in = dtype if text_dtype is None else DTYPES[text_dtype]
+        self.text_encoder = texts.load(text, device=device, dtype=text_in)
         self.autoencoder = autoencoders.load(autoencoder, device=device, dtype=dtype)
 
     def to(self, device: torch.device | str) -> None:

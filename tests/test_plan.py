@@ -167,6 +167,7 @@ def test_a_large_run_is_described_without_its_files() -> None:
     assert lines["optimiser"] == ["11.2", "GiB", "1.4", "GiB"]
     assert lines["checkpoint"] == ["178.6", "GiB", "178.6", "GiB"]
     assert lines["forward"][1] == "PFLOP"
+    assert lines["encoders"][0] == "11.2"  # the text encoder in bfloat16, as its config says
     assert {"teacher", "recomputed", "text encoder", "all-gather of the teacher"} <= lines.keys()
 
 

@@ -168,6 +168,14 @@ def test_encoders_free_and_reload_their_text_encoder(qwen_folder: Path) -> None:
     assert small.text(["a lamp"]).shape == (1, 24, 64)
 
 
+def test_the_text_encoder_alone_may_compute_in_another_dtype(qwen_folder: Path) -> None:
+    encoders = Encoders(text=str(qwen_folder), autoencoder="small", text_dtype="bfloat16")
+    assert encoders.text(["a lamp"]).dtype == torch.bfloat16
+    assert encoders.image(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+    with pytest.raises(ValueError, match="text_dtype is 'half'; accepted: float32, bfloat16"):
+        Encoders(text="small", autoencoder="small", text_dtype="half")
+
+
 def test_qwen_is_found_by_its_hub_id(
     qwen_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

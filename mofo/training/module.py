@@ -15,7 +15,7 @@ from mofo.data.module import DataModule
 from mofo.data.sample import Batch
 from mofo.depth import DepthCodec
 from mofo.flow import SampleStreams
-from mofo.frozen import Encoders, Teacher
+from mofo.frozen import DTYPES, Encoders, Teacher
 from mofo.model import growth
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
 from mofo.model.weights import Release
@@ -24,8 +24,6 @@ from mofo.training import parallel
 from mofo.training.export import assemble
 from mofo.training.optimizer import AdamW
 from mofo.training.parallel import Sharded
-
-BODY_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Part(NamedTuple):
@@ -97,9 +95,9 @@ class ModalityForcing(LightningModule):
         max_skipped: int = 10,
     ) -> None:
         super().__init__()
-        if body_dtype not in BODY_DTYPES:
-            raise ValueError(f"body_dtype is {body_dtype!r}; accepted: {', '.join(BODY_DTYPES)}")
-        self.body_dtype = BODY_DTYPES[body_dtype]
+        if body_dtype not in DTYPES:
+            raise ValueError(f"body_dtype is {body_dtype!r}; accepted: {', '.join(DTYPES)}")
+        self.body_dtype = DTYPES[body_dtype]
         self.config, self.encoders, self.objective = model, encoders, objective
         self.settings, self.init_from, self.seed = optimizer, init_from, seed
         self.recompute, self.compile_blocks, self.max_skipped = recompute, compile, max_skipped

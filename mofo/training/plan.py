@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from mofo.frozen import Encoders
+from mofo.frozen import DTYPES, Encoders
 from mofo.model import growth, weights
 from mofo.model.dit import DiTConfig, ThreeStreamDiT
 from mofo.model.text import QWEN_LENGTH
@@ -229,9 +229,7 @@ def _teacher(init_from: str | None, model: DiTConfig) -> DiTConfig | None:
 def _encoders(cfg: Any, model: DiTConfig) -> tuple[int, int, int]:
     """Bytes of both encoders, parameters of the text encoder, and the length of its captions."""
     names = [str(cfg.encoders.text), str(cfg.encoders.autoencoder)]
-    size = (
-        EXACT if cfg.encoders.get("dtype") is None else getattr(torch, cfg.encoders.dtype).itemsize
-    )
+    size = DTYPES[cfg.encoders.get("text_dtype") or "float32"].itemsize
     missing = [name for name in names if name != "small" and not Path(name).exists()]
     if not missing:
         encoders: Encoders = _build(cfg.encoders)
@@ -244,7 +242,7 @@ def _encoders(cfg: Any, model: DiTConfig) -> tuple[int, int, int]:
             f"{model.context_in_dim} channels; give encoders.text and encoders.autoencoder"
         )
     parameters = TEXT_PARAMETERS[model.context_in_dim]
-    return size * (parameters + AUTOENCODER_PARAMETERS), parameters, QWEN_LENGTH
+    return size * parameters + EXACT * AUTOENCODER_PARAMETERS, parameters, QWEN_LENGTH
 
 
 def _head(name: str, work: Work) -> str:

@@ -40,6 +40,7 @@ def sample(number: int, size: tuple[int, int] = (16, 20), **changes: Any) -> Sam
 
 
 SAMPLES = [sample(number) for number in range(7)]
+PICTURES = [np.random.default_rng(k).integers(0, 256, (30, 40 + k, 3), np.uint8) for k in (0, 0, 5)]
 
 
 def listed(samples: list[Sample]) -> Listed:

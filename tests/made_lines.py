@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from mofo.evaluation.merge import merge
+from mofo.evaluation.tables import tables
+
 HASHES = {
     "NYUv2": "d9a47a1568b7d70a737a4bc75a49e66827b8e354219e9eee332676dbaee34a69",
     "KITTI": "8d0499af9ab4c0d1cd7944d572b0e0e4412feab1e73f4003038426fde699b53a",
@@ -39,6 +42,7 @@ ROW = {
 MOGE_ROW = ROW | {
     "low": None, "high": None, "reader": "moge", "region": None, "size": [480, 640],
 }  # fmt: skip
+FAILED = {2: "no pixel has measured depth", 5: "the image cannot be read: <broken> & cut"}
 
 
 def lines_of(
@@ -88,6 +92,14 @@ def write_run(folder: Path, *groups: Sequence[Mapping[str, Any]]) -> Path:
     text = "".join(json.dumps(line) + "\n" for group in groups for line in group)
     (folder / "lines" / "one.jsonl").write_text(text)
     return folder
+
+
+def tables_of(*groups: list[dict]) -> list:
+    return tables(merge({"run": [line for group in groups for line in group]}))
+
+
+def absrel_of(lines: list[dict], fit: str = "affine") -> np.ndarray:
+    return np.array([line["fits"][fit]["absrel"] for line in lines if line["fits"]])
 
 
 def _metrics(absrel: float) -> dict[str, float]:

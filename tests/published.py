@@ -1,7 +1,7 @@
 """Miniature sets in the layouts in which they are published, written without the package's codecs.
 
 `tar`, `unpack` and `zipped` put the same files into the forms that a set may come in; `rows` are
-those of configs/eval/, with their sources in a folder of the test.
+those of configs/eval/, with their sources in a folder of the test; `measured` is what came out.
 """
 
 import io
@@ -18,10 +18,12 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image, PngImagePlugin
 
+from mofo.data.sample import Sample
 from mofo.evaluation.benchmark import Row
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PLACE = "/benchmarks"
+NYU = (480, 640)
 Files = dict[str, bytes]
 
 
@@ -119,3 +121,42 @@ def npy(values: np.ndarray) -> bytes:
 def dpt(values: np.ndarray) -> bytes:
     h, w = values.shape
     return struct.pack("<fii", 202021.25, w, h) + struct.pack(f"<{h * w}f", *values.ravel())
+
+
+def nyu_files(numbers: tuple[int, ...] = (2, 1, 9)) -> Files:
+    files: Files = {}
+    for number in numbers:
+        start = f"test/{'office' if number > 5 else 'kitchen'}_0004/"
+        depth = codes(NYU, {(60, 60): 1000 + number})
+        files[f"{start}rgb_{number:04d}.png"] = picture(number, NYU)
+        files[f"{start}depth_{number:04d}.png"] = depth
+        files[f"{start}filled_{number:04d}.png"] = codes(NYU, {(60, 60): 9})
+    files["train/office_0001/rgb_0100.png"] = b"not looked at"
+    return files
+
+
+def nyu_row(tmp_path: Path, **changes) -> Row:
+    return replace(rows("marigold", tmp_path)["NYUv2"], **{"count": 3, **changes})
+
+
+def published_list(*numbers: int) -> str:
+    """As Marigold's list is written: no line feed at the end."""
+    lines = []
+    for number in numbers:
+        start = f"test/{'office' if number > 5 else 'kitchen'}_0004"
+        names = (f"{start}/{kind}_{number:04d}.png" for kind in ("rgb", "depth", "filled"))
+        lines.append(" ".join(names))
+    return "\n".join(lines)
+
+
+def measured(sample: Sample) -> dict[tuple[int, int], float]:
+    """Depth in metres at every measured pixel."""
+    assert sample.metres is not None
+    assert sample.valid is not None
+    assert not sample.metres[~sample.valid].any()
+    at = [(int(y), int(x)) for y, x in np.argwhere(sample.valid)]
+    return {pixel: float(sample.metres[pixel]) for pixel in at}
+
+
+def as_float32(planted: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    return {at: float(np.float32(value)) for at, value in planted.items()}

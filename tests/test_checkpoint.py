@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from test_store import forked
+from stored import forked
 from test_training import Train, configs, copied, shards, start, trace  # noqa: F401
 
 from mofo.training import store

@@ -1,105 +1,36 @@
-"""Making sets: any number of processes, any kill, one result; what cannot be had is named."""
+"""Making sets: any number of processes, one result; what cannot be had is named."""
 
 import errno
-import io
 import json
 import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from made_sets import contents, plant, start, write_source
 from PIL import Image
 
-import mofo.data.convert
-from mofo.data import storage
 from mofo.data.convert import generated, samples
 from mofo.data.make import converters, load, make
 from mofo.data.sample import Sample
 from mofo.data.shards import Shards
 
 ROOT = Path(__file__).parents[1]
-PLANTED = '''
-import os
-import time
-from pathlib import Path
-
-import numpy as np
-from PIL import Image
-
-from mofo.data.sample import Sample, decode_picture
-
-VERSION = 1
-SAMPLES_PER_ITEM = 2
-
-
-def find(source, *, last=None):
-    found = sorted(source.glob("*.png"))
-    if not found:
-        raise ValueError(f"{source} holds no picture; expected {source}/NAME.png")
-    return [(path, 0.5) for path in found[:last]]
-
-
-def read(item):
-    """Two samples of one picture; one whose name begins with "empty" has no depth, so none."""
-    path, step = item
-    time.sleep(float(os.environ.get("PLANTED_PAUSE", 0)))
-    if path.stem.startswith("empty"):
-        return
-    image_bytes = path.read_bytes()
-    picture = decode_picture(image_bytes)
-    metres = np.array(picture)[..., 0].astype(np.float32) * np.float32(step)
-    for part in range(2):
-        yield Sample(
-            key=f"{path.stem.rstrip('_')}_{part}", picture=picture, image_bytes=image_bytes,
-            metres=metres, valid=metres > 0, depth_scale=step, metric=True, source="planted",
-            licence="CC0",
-        )
-'''
 
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A converter beside those that are shipped, so that only tests know it."""
-    folder = tmp_path / "converters"
-    folder.mkdir()
-    (folder / "planted.py").write_text(PLANTED)
-    path = [*mofo.data.convert.__path__, str(folder)]
-    monkeypatch.setattr(mofo.data.convert, "__path__", path)
-    yield load("planted")
-    del sys.modules["mofo.data.convert.planted"]
-    del mofo.data.convert.planted
+    with plant(tmp_path / "converters", monkeypatch) as converter:
+        yield converter
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """23 pictures, the sixth to eighth without depth."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(23):
-        name = f"{'empty' if 5 <= number < 8 else 'image'}-{number:02d}.png"
-        pixels = rng.integers(1, 256, (6, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-        # `glob` sorts what is empty first.
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def start(source: Path, out: Path, **options) -> bool:
-    """In this process, shards of 4 items."""
-    settings = {"samples_per_shard": 8, "processes": 1} | options
-    return make(out, converter="planted", source=source, **settings)
+    return write_source(tmp_path / "source")
 
 
 # One result.
@@ -184,126 +115,6 @@ def test_items_without_samples_make_no_shard_but_are_remembered(
     planted.read = lambda item: asked.append(item[0].stem) or read(item)
     start(source, out, samples_per_shard=2)
     assert asked == ["empty-07"]
-    assert contents(out) == whole
-
-
-# Kills.
-
-
-def test_what_is_complete_is_kept_and_what_is_not_is_written_again(
-    planted, source: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    start(source, out)
-    whole = contents(out)
-    (out / "manifest.json").unlink()
-    # As kills leave them: a tar without index, half a file under another name, a disk's damage.
-    (out / "planted-000001.idx.json").unlink()
-    (out / ".planted-000001.tar.4711.partial").write_bytes(b"half")
-    os.truncate(out / "planted-000004.tar", 100)
-    (out / "planted-000005.idx.json").write_text("{")
-    asked = set()
-    read = planted.read
-    planted.read = lambda item: asked.add(item[0].stem) or read(item)
-    assert start(source, out)
-    assert contents(out) == whole
-    items = [path.stem for path in sorted(source.iterdir())]
-    assert asked == {*items[4:8], *items[16:20], *items[20:]}
-
-
-def test_a_source_that_grew_is_read_where_it_differs(planted, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    start(source, out)
-    (out / "manifest.json").unlink()
-    shutil.copy(source / "image-22.png", source / "image-99.png")
-    start(source, tmp_path / "afresh")
-    kept = (out / "planted-000000.tar").stat().st_mtime_ns
-    assert start(source, out)
-    assert contents(out) == contents(tmp_path / "afresh")
-    assert (out / "planted-000000.tar").stat().st_mtime_ns == kept
-    # And one that shrank leaves no shard behind.
-    (out / "manifest.json").unlink()
-    for path in sorted(source.iterdir())[10:]:
-        path.unlink()
-    assert start(source, out)
-    left = [f"planted-{number:06d}.{kind}" for number in range(3) for kind in ("idx.json", "tar")]
-    assert sorted(contents(out)) == ["manifest.json", *left]
-
-
-@pytest.mark.parametrize("moment", [0.0, 0.5])
-def test_a_killed_run_leaves_whole_shards_and_its_processes_end(
-    planted, source: Path, tmp_path: Path, moment: float
-) -> None:
-    out = tmp_path / "out"
-    program = f"""
-import sys
-import mofo.data.convert
-sys.path.insert(0, {str(tmp_path / "converters")!r})
-mofo.data.convert.__path__.append({str(tmp_path / "converters")!r})
-from mofo.data.make import make
-if __name__ == "__main__":
-    make({str(out)!r}, converter="planted", source={str(source)!r}, samples_per_shard=8,
-         processes=2)
-"""
-    script = tmp_path / "script.py"
-    script.write_text(program)
-    environment = os.environ | {"PLANTED_PAUSE": "0.2", "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([sys.executable, str(script)], env=environment, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("*.tar")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(moment)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert not (out / "manifest.json").exists()
-    tars = list(out.glob("*.tar"))
-    assert tars
-    while _members_of_session(run.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _members_of_session(run.pid)
-    assert start(source, out)
-    start(source, tmp_path / "uninterrupted")
-    assert contents(out) == contents(tmp_path / "uninterrupted")
-
-
-def _members_of_session(session: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, member_of = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(member_of) == session and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-@pytest.mark.parametrize("after", [0, 3_000, 9_000])
-def test_a_full_disk_leaves_whole_shards_and_the_same_call_finishes(
-    planted, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    class FullDisk(io.FileIO):
-        def write(self, data) -> int:
-            nonlocal after
-            after -= len(data)
-            if after < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
-
-    def full(path, mode):
-        return FullDisk(path, mode) if "w" in mode else open(path, mode)
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as disk:
-        disk.setattr(storage, "open", full, raising=False)
-        with pytest.raises(OSError, match="No space left"):
-            start(source, out)
-    names = {path.name for path in out.iterdir()} - {".lock"}
-    assert not [name for name in names if "partial" in name or name == "manifest.json"]
-    start(source, tmp_path / "afresh")
-    whole = contents(tmp_path / "afresh")
-    assert all((out / name).read_bytes() == whole[name] for name in names)
-    assert start(source, out)
     assert contents(out) == whole
 
 

@@ -7,7 +7,17 @@ from pathlib import Path
 import judged
 import numpy as np
 import pytest
-from made_lines import MARIGOLD, MOGE, MOGE_ROW, ROW, lines_of, write_run
+from made_lines import (
+    FAILED,
+    MARIGOLD,
+    MOGE,
+    MOGE_ROW,
+    ROW,
+    absrel_of,
+    lines_of,
+    tables_of,
+    write_run,
+)
 from omegaconf import OmegaConf
 
 from mofo.evaluation.merge import merge
@@ -17,15 +27,6 @@ from mofo.evaluation.tables import tables
 from mofo.evaluation.verdict import verdict
 
 ROOT = Path(__file__).parents[1]
-FAILED = {2: "no pixel has measured depth", 5: "the image cannot be read"}
-
-
-def tables_of(*groups: list[dict]) -> list:
-    return tables(merge({"run": [line for group in groups for line in group]}))
-
-
-def absrel_of(lines: list[dict]) -> np.ndarray:
-    return np.array([line["fits"]["affine"]["absrel"] for line in lines if line["fits"]])
 
 
 def test_the_mean_over_sets_is_unweighted_and_a_missing_set_is_named(tmp_path) -> None:

@@ -1,8 +1,10 @@
-"""A release folder with a tiny random network and the shipped encoders, for tests of its users."""
+"""A tiny random network in a release folder with the shipped encoders, and inputs for it."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from mofo.depth import DepthCodec
@@ -47,6 +49,17 @@ def release(seed: int = 0, **changes) -> Release:
 def save_release(folder: Path) -> Path:
     write(release(), autoencoder.load("small"), folder)
     return folder
+
+
+def picture(height: int = 20, width: int = 30) -> np.ndarray:
+    rng = np.random.default_rng(height * width)
+    coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    return np.array(Image.fromarray(coarse).resize((width, height)))
+
+
+def slope(height: int = 20, width: int = 30) -> np.ndarray:
+    row = np.linspace(2.0, 2.3, height, dtype=np.float32)
+    return np.repeat(row[:, None], width, axis=1)
 
 
 def diffusers_network(*, has_guidance: bool) -> nn.Module:

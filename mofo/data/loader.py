@@ -38,7 +38,7 @@ from mofo.data.sparsity import PATTERNS
 
 log = logging.getLogger(__name__)
 
-KEPT_BYTES = 2**28  # of freed memory in one piece, and of the largest piece that is used again
+KEPT_BYTES = 2**26  # of freed memory in one piece, and of the largest piece that is used again
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in malloc.h
 MAX_REJECTED = 1000  # in a row: then the gates fit almost nothing, and reading on would look stuck
 

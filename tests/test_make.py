@@ -15,7 +15,7 @@ from made_sets import contents, plant, start, write_source
 from PIL import Image
 
 from mofo.data.convert import generated, samples
-from mofo.data.make import converters, load, make
+from mofo.data.make import converters, load, make, summary
 from mofo.data.sample import Sample
 from mofo.data.shards import Shards
 
@@ -67,7 +67,7 @@ def test_a_finished_set_is_left_alone_and_another_one_refused(
         ):
             start(source, out, **changes)
     planted.VERSION = 2
-    with pytest.raises(ValueError, match="(?s)'version': 1.*'version': 2"):
+    with pytest.raises(ValueError, match=r"\(version: 1 there, 2 here\)"):
         start(source, out)
     (out / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds parts of the set 'planted'.*delete that folder"):
@@ -116,6 +116,27 @@ def test_items_without_samples_make_no_shard_but_are_remembered(
     start(source, out, samples_per_shard=2)
     assert asked == ["empty-07"]
     assert contents(out) == whole
+    empty = [str(source / f"empty-{number:02d}.png") for number in (5, 6, 7)]
+    assert Shards(out).manifest["empty"] == {"items": 3, "first": empty}
+    num_bytes = sum(path.stat().st_size for path in out.glob("*.tar"))
+    assert summary(out).splitlines() == [
+        f"{out}: 40 samples in 20 shards, {num_bytes / 1e6:.1f} MB",
+        "left out: 3 items in which nothing usable is measured, such as",
+        *(f"  {name}" for name in empty),
+    ]
+
+
+def test_a_source_is_the_same_from_wherever_it_is_named(
+    planted, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert start(Path(source.name), tmp_path / "out")
+    assert not start(source, tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_source(tmp_path / "elsewhere" / source.name)
+    with pytest.raises(ValueError, match="made otherwise .source: .*there, .*elsewhere.* here"):
+        start(Path(source.name), tmp_path / "out")
 
 
 # What cannot be had.
@@ -174,8 +195,18 @@ def test_what_the_file_system_did_not_give_is_asked_for_again(
 def test_a_key_that_two_items_have_is_refused(planted, source: Path, tmp_path: Path) -> None:
     shutil.copy(source / "image-03.png", source / "image-03_.png")
     (source / "image-03_.png").rename(source / "image-22_.png")
-    with pytest.raises(ValueError, match=r"'image-22_0' occurs twice, in planted-000005.tar and"):
+    with pytest.raises(ValueError, match=r"'image-22_0' occurs twice, in planted-000005.tar"):
         start(source, tmp_path / "out")
+
+
+def test_two_files_with_one_key_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    for name in ("a/b.png", "a_b.png"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6)).save(path)
+    with pytest.raises(ValueError, match=r"a/b.png and .*a_b.png would both have the key 'a_b"):
+        make(tmp_path / "out", converter="images", source=tmp_path / "in")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_of_the_converter_itself_is_no_bad_item(

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import mofo.data.convert
 from mofo.data.sample import DAMAGE, Sample
-from mofo.data.shards import sidecar_path
+from mofo.data.shards import read_manifest, sidecar_path
 from mofo.data.storage import lock
 from mofo.data.write import Ledger, Packed, pack, read_sidecar, write_shard
 
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 POLL_S = 0.5  # between two looks at how far the processes are
 NUM_SHOWN = 10  # items that could not be converted, in the log
+NUM_EMPTY_SHOWN = 3
 MAX_ITEM_LENGTH = 300
 UNREAD = "not readable"  # begins the reason where the file system, not the file, was at fault
 # What each process counts: items, samples; and whether they shall stop.
@@ -80,7 +81,8 @@ def make(
     """Convert into `folder`; False, and nothing done, if the same set is there already.
 
     What a killed run left is continued. Items that cannot be converted are left out and named; more
-    than `max_bad_fraction` of all samples end the run. By default each core has a process.
+    than `max_bad_fraction` of all samples end the run. Items without a measured pixel are left out
+    and counted. By default each core has a process.
     """
     folder, module = Path(folder), load(converter)
     defaults, given = _options(module, converter, source, options)
@@ -96,6 +98,7 @@ def make(
         log.info("nothing to do, already finished: %s", folder)
         return False
     items = module.find(**given)
+    _refuse_twins(items)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / LOCK):
         # Another process may have made it in the meantime.
@@ -118,6 +121,22 @@ def make(
     return True
 
 
+def summary(folder: str | Path) -> str:
+    """What a finished set holds and what was left out of it, for who has just made it."""
+    manifest = read_manifest(str(folder))
+    lines = [
+        f"{folder}: {manifest['samples']} samples in {len(manifest['shards'])} shards, "
+        f"{manifest['bytes'] / 1e6:.1f} MB"
+    ]
+    if empty := manifest.get("empty", {}).get("items"):
+        lines += [f"left out: {empty} items in which nothing usable is measured, such as"]
+        lines += [f"  {name}" for name in manifest["empty"]["first"][:NUM_EMPTY_SHOWN]]
+    if bad := manifest.get("bad", {}).get("items"):
+        lines += [f"left out: {bad} items that could not be converted"]
+        lines += [f"  {n} x {reason}" for reason, n in manifest["bad"]["reasons"].items()]
+    return "\n".join(lines)
+
+
 def converters() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(mofo.data.convert.__path__))
 
@@ -133,7 +152,8 @@ def _options(
     module: ModuleType, converter: str, source: str | Path | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `find` takes by default, and what it is given."""
-    given = options | ({} if source is None else {"source": Path(source)})
+    # A path that says nothing without the folder it was typed in could name another set tomorrow.
+    given = options | ({} if source is None else {"source": Path(source).resolve()})
     accepted = {name: option.default for name, option in signature(module.find).parameters.items()}
     needed = {name for name, default in accepted.items() if default is Parameter.empty}
     unknown, missing = sorted(set(given) - set(accepted)), sorted(needed - set(given))
@@ -180,6 +200,21 @@ def _fill(
     _limit(ledger, max_bad_fraction, expected)
     if ledger.num_bad:
         log.warning("%s", _bad(ledger))
+
+
+def _refuse_twins(items: list[Any]) -> None:
+    """Raise if two items say that they have the same key, before anything is written."""
+    seen: dict[str, Any] = {}
+    for item in items:
+        key = getattr(item, "key", None)
+        if key is None:
+            continue
+        if key in seen:
+            raise ValueError(
+                f"{_named(seen[key])} and {_named(item)} would both have the key {key!r}; rename "
+                "one of them"
+            )
+        seen[key] = item
 
 
 def _is_done(job: Job) -> bool:
@@ -246,20 +281,33 @@ def _write_all(jobs: list[Job], processes: int, advance: Advance) -> Iterator[Pa
 
 def _write(job: Job, advance: Advance) -> None:
     bad: list[list[str]] = []
-    samples = _pack_all(job, bad, advance)
-    write_shard(job.path, samples, made_from=job.made_from, job=job.name, bad=bad)
+    empty: list[str] = []
+    samples = _pack_all(job, bad, empty, advance)
+    write_shard(job.path, samples, made_from=job.made_from, job=job.name, bad=bad, empty=empty)
 
 
-def _pack_all(job: Job, bad: list[list[str]], advance: Advance) -> Iterator[Packed]:
-    """The samples of a job, one in memory at a time; what cannot be had goes to `bad`."""
+def _pack_all(
+    job: Job, bad: list[list[str]], empty: list[str], advance: Advance
+) -> Iterator[Packed]:
+    """The samples of a job, one in memory at a time; what gives none goes to `bad` or `empty`."""
     for item in job.items:
+        one = None
         for one in _attempts(job, item):
             if isinstance(one, Packed):
                 advance(0, 1)
                 yield one
             else:
-                bad.append([str(item)[:MAX_ITEM_LENGTH], _why(one)])
+                bad.append([_named(item), _why(one)])
+        if one is None:
+            empty.append(_named(item))
         advance(1, 0)
+
+
+def _named(item: Any) -> str:
+    """The files and numbers of an item, without what else its converter keeps in it."""
+    values = item if isinstance(item, tuple) else (item,)
+    parts = [str(v) for v in values if isinstance(v, (Path, int)) and not isinstance(v, bool)]
+    return (" ".join(parts) or str(item))[:MAX_ITEM_LENGTH]
 
 
 def _attempts(job: Job, item: Any) -> Iterator[Packed | Exception]:

@@ -25,7 +25,7 @@ from mofo.data.shards import FORMAT, IMAGE_EXTENSIONS, MANIFEST, read_manifest, 
 from mofo.data.storage import atomic, write_text
 from mofo.data.summary import Tally, add, describe, tally
 
-NUM_NAMED = 100  # items that could not be converted, of which the manifest says why
+NUM_NAMED = 100  # items left out for one of two reasons, of which the manifest has the names
 
 
 class Packed(NamedTuple):
@@ -129,11 +129,12 @@ def write_shard(
     made_from: dict[str, Any] | None,
     job: str | None = None,
     bad: list[list[str]] | None = None,
+    empty: list[str] | None = None,
 ) -> None:
     """Write one tar, if there is any sample, and then its sidecar.
 
-    `job` names what the shard is made of; `bad` lists the items without sample, with the reason:
-    it may grow while `samples` are taken.
+    `job` names what the shard is made of; `bad` lists the items that cannot be converted, with the
+    reason, `empty` those in which nothing is measured: both may grow while `samples` are taken.
     """
     samples = iter(samples)
     rows, total, digest, size = [], {}, hashlib.sha256(), 0
@@ -168,6 +169,7 @@ def write_shard(
         "samples": rows,
         "tally": total,
         "bad": bad or [],
+        "empty": empty or [],
     }
     write_text(Path(sidecar_path(str(path))), json.dumps(sidecar))
 
@@ -191,6 +193,7 @@ class Ledger:
         self.defaults = _plain(defaults or {})
         self.shards: dict[str, dict[str, Any]] = {}
         self.bad: dict[str, list[list[str]]] = {}
+        self.empty: dict[str, list[str]] = {}
         self.num_samples = self.num_bad = 0
         self._keys: dict[str, str] = {}
         self._tally: Tally = {}
@@ -211,9 +214,16 @@ class Ledger:
     def _refuse_other(self, what: str, name: str, made_from: Mapping[str, Any] | None) -> None:
         whole = None if made_from is None else {**self.defaults, **made_from}
         if (name, whole) != (self.name, self.made_from):
+            there, here = {"name": name, **(whole or {})}, {"name": self.name}
+            here |= self.made_from or {}
+            differ = [
+                f"{key}: {there.get(key)} there, {here.get(key)} here"
+                for key in {**there, **here}
+                if there.get(key) != here.get(key)
+            ]
             raise ValueError(
-                f"{self.folder} holds {what} {name!r} made from {made_from}, not {self.name!r} "
-                f"from {self.made_from}; delete that folder, or choose another"
+                f"{self.folder} holds {what} {name!r}, made otherwise ({'; '.join(differ)}); "
+                "delete that folder, or choose another"
             )
 
     def add(self, path: Path) -> None:
@@ -222,14 +232,16 @@ class Ledger:
         sidecar = json.loads(text)
         for key, *_ in sidecar["samples"]:
             if key in self._keys:
+                both = " and ".join(sorted({self._keys[key], path.name}))
                 raise ValueError(
-                    f"key {key!r} occurs twice, in {self._keys[key]} and {path.name}; keys name "
-                    "the samples of a set: correct the converter, or what it is given"
+                    f"key {key!r} occurs twice, in {both}; keys name the samples of a set: correct "
+                    "the converter, or what it is given"
                 )
             self._keys[key] = path.name
         self.num_samples += len(sidecar["samples"])
         self.num_bad += len(sidecar["bad"])
         self.bad[path.name] = sidecar["bad"]
+        self.empty[path.name] = sidecar.get("empty", [])  # older sidecars did not count them
         if not sidecar["samples"]:
             return
         add(self._tally, sidecar["tally"])
@@ -257,6 +269,7 @@ class Ledger:
         shards = [self.shards[name] for name in sorted(self.shards)]
         hashes = "".join(shard["sha256"] for shard in shards)
         named = [row for name in sorted(self.bad) for row in self.bad[name]]
+        empty = [item for name in sorted(self.empty) for item in self.empty[name]]
         manifest = {
             "format": FORMAT,
             "name": self.name,
@@ -264,6 +277,7 @@ class Ledger:
             **describe(self._tally),
             "bytes": sum(shard["bytes"] for shard in shards),
             "bad": {"items": self.num_bad, "reasons": self.why(), "first": named[:NUM_NAMED]},
+            "empty": {"items": len(empty), "first": empty[:NUM_NAMED]},
             "hash": hashlib.sha256(hashes.encode()).hexdigest(),
             "shards": shards,
         }

@@ -30,10 +30,14 @@ build = partial(instantiate, _convert_="all")
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    if cfg.plan:
-        print(plan.describe(cfg))
-    else:
-        train(cfg)
+    try:
+        if cfg.plan:
+            print(plan.describe(cfg))
+        else:
+            train(cfg)
+    except run.FOR_USERS as error:  # here, or Hydra adds a line of its own
+        run.say_briefly(type(error), error, error.__traceback__)
+        raise SystemExit(1) from error
 
 
 def train(cfg: DictConfig) -> None:
@@ -64,6 +68,7 @@ def train(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it prints tracebacks of its own
     sys.excepthook = run.say_briefly
+    run.show_log()
     if (frozen := run.of_job()) is not None:
         train(frozen)
     else:

@@ -108,5 +108,5 @@ def test_a_summary_is_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> N
             rejections.add("road", "min_image_size" if number % 4 == 0 else None)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"road: 25.0 % of {LOG_EVERY} samples rejected: min_image_size {LOG_EVERY // 4}"
+        f"source 'road': 25.0 % of {LOG_EVERY} samples rejected: min_image_size {LOG_EVERY // 4}"
     )

@@ -5,9 +5,9 @@ A gate looks at a sample as it was published, before any transform. Without sett
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,6 +18,10 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 10_000  # samples read between two summaries in the log
 NUM_DEPTHS = 50_000  # of which the percentiles are taken: 0.1 points of rank off, at most
+
+
+class Unusable(ValueError):
+    """Data that cannot be trained on as they are; its message is for whoever chose them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +44,14 @@ class Gates:
 
     def __post_init__(self) -> None:
         for name, accepted, fits in (
-            ("depth_range", "two depths [low, high], low < high", _is_range(self.depth_range)),
-            ("caption_length", "two lengths [least, most]", _is_range(self.caption_length)),
-            ("min_measured_fraction", "in [0, 1]", 0 <= self.min_measured_fraction <= 1),
-            ("min_measured_count", "0 or more", self.min_measured_count >= 0),
-            ("max_relative_depth", "more than 1", self.max_relative_depth > 1),
-            ("min_image_size", "1 or more", self.min_image_size >= 1),
+            ("depth_range", "two depths [low, high], low < high", _is_range),
+            ("caption_length", "two lengths [least, most], least < most", _is_range),
+            ("min_measured_fraction", "in [0, 1]", lambda part: 0 <= part <= 1),
+            ("min_measured_count", "0 or more", lambda count: count >= 0),
+            ("max_relative_depth", "more than 1", lambda ratio: ratio > 1),
+            ("min_image_size", "1 or more", lambda side: side >= 1),
         ):
-            if not fits:
-                raise ValueError(f"gate {name} is {getattr(self, name)}, but must be {accepted}")
+            check(f"gate {name}", getattr(self, name), accepted, fits)
 
     def admit(self, sample: Sample, *, depth: bool = True) -> Sample | str:
         """The sample as it may be trained on, or the name of the gate that it fails.
@@ -102,6 +105,16 @@ def _depths(sample: Sample) -> Float32[np.ndarray, " n"] | None:
     return None if sample.metres is None else sample.metres[sample.valid]
 
 
+def check(name: str, value: Any, accepted: str, fits: Callable[[Any], bool]) -> None:
+    """Unusable unless `value` fits; one of another type, which cannot be compared, does not."""
+    try:
+        good = fits(value)
+    except TypeError:
+        good = False
+    if not good:
+        raise Unusable(f"{name} is {value!r}, but must be {accepted}")
+
+
 def _is_range(pair: Sequence[float | int]) -> bool:
     return len(pair) == 2 and 0 <= pair[0] < pair[1]
 
@@ -111,7 +124,10 @@ class Rejections:
     """How many samples of each source were read, and how many failed at which gate.
 
     A sample counts when its own turn comes, once an epoch; what stands in for it does not count.
+    Each of `ranks` counts what it read itself.
     """
+
+    ranks: int = 1
 
     read: Counter[str] = field(default_factory=Counter)
     rejected: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -126,12 +142,14 @@ class Rejections:
 
     def report(self) -> None:
         """Log what was rejected so far, one line a source."""
+        where = f" (read by one of {self.ranks} ranks)" if self.ranks > 1 else ""
         for source, total in sorted(self.read.items()):
             gates = {gate: n for (name, gate), n in self.rejected.items() if name == source}
             if gates:
                 named = ", ".join(f"{gate} {n}" for gate, n in sorted(gates.items()))
                 part = sum(gates.values()) / total
-                log.info("%s: %.1f %% of %d samples rejected: %s", source, 100 * part, total, named)
+                text = f"{100 * part:.1f} % of {total} samples rejected: {named}{where}"
+                log.info("source %r: %s", source, text)
 
 
 class Fault(NamedTuple):
@@ -160,7 +178,7 @@ class Faults:
         total = self.sizes[fault.source]
         if len(mine) > self.max_fraction * total:
             names = "\n  ".join(f"{f.shard}: {f.key}: {f.reason}" for f in mine[:10])
-            raise ValueError(
+            raise Unusable(
                 f"{len(mine)} of the {total} samples of source {fault.source!r} are damaged, more "
                 f"than max_bad_fraction={self.max_fraction:g}; convert the set again. The first "
                 f"are\n  {names}"

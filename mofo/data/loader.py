@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mofo.data import transforms
 from mofo.data.caption import read_overlay
-from mofo.data.gates import Fault, Faults, Gates, Rejections
+from mofo.data.gates import Fault, Faults, Gates, Rejections, Unusable, check
 from mofo.data.order import Buckets, Mixture, Permutation, stream
 from mofo.data.sample import Batch, Sample
 from mofo.data.shards import DamagedSample, Shards
@@ -67,18 +67,14 @@ class Source:
 
     def __post_init__(self) -> None:
         for name, accepted, fits in (
-            ("weight", "positive and finite", 0 < self.weight < float("inf")),
-            ("max_kept", "in (0, 1]", 0 < self.max_kept <= 1),
-            ("min_area", "in (0, 1]", 0 < self.min_area <= 1),
-            ("jitter", "in [0, 0.5]", 0 <= self.jitter <= 0.5),
-            ("patterns", f"some of {sorted(PATTERNS)}", set(self.patterns) <= set(PATTERNS)),
-            ("patterns", "at least [dense], to keep all", self.patterns or not self.depth),
+            ("weight", "positive and finite", lambda weight: 0 < weight < float("inf")),
+            ("max_kept", "in (0, 1]", lambda part: 0 < part <= 1),
+            ("min_area", "in (0, 1]", lambda part: 0 < part <= 1),
+            ("jitter", "in [0, 0.5]", lambda most: 0 <= most <= 0.5),
+            ("patterns", f"some of {sorted(PATTERNS)}", lambda some: set(some) <= set(PATTERNS)),
+            ("patterns", "at least [dense], to keep all", lambda some: some or not self.depth),
         ):
-            if not fits:
-                raise ValueError(
-                    f"{name} of the source with shards {self.shards} is {getattr(self, name)}, but "
-                    f"must be {accepted}"
-                )
+            check(name, getattr(self, name), accepted, fits)
 
 
 class Row(NamedTuple):
@@ -193,11 +189,13 @@ class TrainingSet(Dataset[Row]):
             if rejected.total() == MAX_REJECTED:
                 break
         if rejected:
-            raise ValueError(
-                f"source {name!r}: {rejected.total()} samples in a row were rejected by its gates "
-                f"{dict(rejected)}; loosen these, or drop the source"
+            gates = [f"{g}={getattr(source.gates, g)} rejected {n}" for g, n in rejected.items()]
+            raise Unusable(
+                f"source {name!r}: none of {rejected.total()} samples in a row passes its gates: "
+                f"{', '.join(sorted(gates))}; loosen {'them' if gates[1:] else 'it'}, or drop the "
+                "source"
             )
-        raise ValueError(f"no sample of source {name!r} can be read; convert the set again")
+        raise Unusable(f"no sample of source {name!r} can be read; convert the set again")
 
     def _transform(
         self, sample: Sample, source: Source, size: tuple[int, int], rng: np.random.Generator
@@ -238,7 +236,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         if self.batch_size % (self.world * self.accumulate):
-            raise ValueError(
+            raise Unusable(
                 f"batch_size is {self.batch_size}, but must be a multiple of ranks x accumulate = "
                 f"{self.world} x {self.accumulate}; it counts the samples of a whole step"
             )
@@ -257,7 +255,7 @@ class Steps:
             # Without a generator the loader would draw from the global one.
             generator=torch.Generator(),
         )
-        parts = iter(loader)
+        parts, failure = iter(loader), None
         try:
             while step := list(islice(parts, self.accumulate)):
                 self._count(step)
@@ -265,14 +263,17 @@ class Steps:
                 for part in step:
                     yield replace(part.batch, step_measured=measured)
         except ValueError as error:
-            failure = str(error)
+            if not self.num_workers:
+                raise
+            failure = _of_worker(error)
             traceback.clear_frames(error.__traceback__)
         finally:
             # The last reference to this ends the workers, so no traceback may hold one: the
             # collector of cycles closes their queues first, and they would never be told.
             leave()
             del parts
-        raise ValueError(failure)
+        if failure is not None:
+            raise failure
 
     def _count(self, step: Iterable[Part]) -> None:
         for part in step:
@@ -313,6 +314,15 @@ def collate(rows: Sequence[Row], *, patch: int) -> Part:
     )
     faults = [fault for row in rows for fault in row.faults]
     return Part(batch, faults, [(row.source, row.gate) for row in rows])
+
+
+def _of_worker(error: ValueError) -> ValueError:
+    """`error` without its traceback. That in the worker is in its text: Unusable needs none."""
+    if not isinstance(error, Unusable):
+        return ValueError(str(error))
+    return Unusable(
+        str(error).rpartition(f"{Unusable.__module__}.{Unusable.__name__}: ")[2].strip()
+    )
 
 
 def ignore_job_signals(worker: int, *, leaving: EventType) -> None:

@@ -4,14 +4,15 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import lightning as L
 
 from mofo.data.caption import read_overlay
-from mofo.data.gates import Gates, Rejections
+from mofo.data.gates import Gates, Rejections, Unusable
 from mofo.data.loader import Faults, Source, Steps, TrainingSet
 from mofo.data.make import make
 from mofo.data.order import bucket_sizes
@@ -45,16 +46,16 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         h, w = size
         if h % patch or w % patch or h < patch or w < patch:
-            raise ValueError(
+            raise Unusable(
                 f"image is {h}x{w}, but both sides must be multiples of {patch}; change data.size"
             )
         if not 0 <= max_bad_fraction < 1:
-            raise ValueError(
+            raise Unusable(
                 f"max_bad_fraction is {max_bad_fraction}, but must be in [0, 1): the part of a "
                 "source that may be damaged"
             )
         if not sources:
-            raise ValueError("there are no sources; give data.sources at least one row")
+            raise Unusable("there are no sources; give data.sources at least one row")
         self.sources = {name: _source(name, row) for name, row in sources.items()}
         self.batch_size, self.accumulate = batch_size, accumulate
         self.size, self.patch = (h, w), patch
@@ -66,11 +67,13 @@ class DataModule(L.LightningDataModule):
         self.rejections: Rejections | None = None
 
     def prepare_data(self) -> None:
-        for source in self.sources.values():
+        for name, source in self.sources.items():
             if source.make is not None:
-                make(source.shards, **source.make)
+                with _named(name):
+                    make(source.shards, **source.make)
 
     def train_dataloader(self) -> Steps:
+        world = self.trainer.world_size if self.trainer else 1
         rows = TrainingSet(
             self.sources,
             size=self.size,
@@ -82,14 +85,14 @@ class DataModule(L.LightningDataModule):
         )
         # The workers count what each of them meets, this process what all of them met.
         self.faults = Faults(rows.sizes, self.max_bad_fraction)
-        self.rejections = Rejections()
+        self.rejections = Rejections(ranks=world)
         return Steps(
             rows=rows,
             start=lambda: self.samples_seen,
             batch_size=self.batch_size,
             accumulate=self.accumulate,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world=self.trainer.world_size if self.trainer else 1,
+            world=world,
             patch=self.patch,
             num_workers=self.num_workers,
             faults=self.faults,
@@ -103,12 +106,14 @@ class DataModule(L.LightningDataModule):
     def fingerprint(self, *, files: bool = False) -> dict[str, str]:
         """For each source what its manifest says of the shards, and its captions, as one hash.
 
-        With `files` also whether those shards are here: ValueError names what is missing.
+        With `files` also whether those shards are here: Unusable names what is missing.
         """
-        sets = {name: Shards(source.shards) for name, source in self.sources.items()}
-        if files:
-            for name, shards in sets.items():
-                _look_for(name, shards)
+        sets = {}
+        for name, source in self.sources.items():
+            with _named(name):
+                sets[name] = Shards(source.shards)
+                if files:
+                    _look_for(sets[name])
         return {name: _hash(shards) for name, shards in sets.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,26 +122,41 @@ class DataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         seen, then, now = state_dict["samples_seen"], state_dict["shards"], self.fingerprint()
         if changed := [name for name in now if now[name] != then.get(name)]:
-            raise ValueError(
+            raise Unusable(
                 f"the shards or captions of {', '.join(changed)} are not those that the run has "
                 f"trained on for {seen} samples; bring them back, or start a run of another name"
             )
         if self.buckets and seen % self.batch_size:
-            raise ValueError(
+            raise Unusable(
                 f"the run has seen {seen} samples, no whole number of steps of batch_size="
                 f"{self.batch_size}, of which each has a shape; resume with the batch_size it had"
             )
         self.samples_seen = seen
 
     def teardown(self, stage: str) -> None:
-        if self.faults is not None:
-            log.info("%d damaged samples were skipped", len(self.faults.met))
+        self._report()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._report()
+
+    def _report(self) -> None:
+        if self.faults is not None and self.faults.met:
+            log.info("damaged samples that were skipped: %d", len(self.faults.met))
         if self.rejections is not None:
             self.rejections.report()
 
 
-def _look_for(name: str, shards: Shards) -> None:
-    """ValueError unless every shard is here, as long as its manifest says; URLs are not asked."""
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What is wrong with a source says with which."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unusable(f"source {name!r}: {error}") from error
+
+
+def _look_for(shards: Shards) -> None:
+    """Unusable unless every shard is here, as long as its manifest says; URLs are not asked."""
     if shards.manifest is None or shards.is_remote:
         return
     sizes = [entry["bytes"] for entry in shards.manifest["shards"]]
@@ -146,8 +166,8 @@ def _look_for(name: str, shards: Shards) -> None:
         if (found := _size(path)) != size
     ]
     if wrong:
-        raise ValueError(
-            f"source {name!r}: {len(wrong)} of {len(sizes)} shards are missing or cut short: "
+        raise Unusable(
+            f"{len(wrong)} of {len(sizes)} shards are missing or cut short: "
             f"{', '.join(wrong[:5])}; copy or convert them again"
         )
 
@@ -171,12 +191,28 @@ def _hash(shards: Shards) -> str:
 def _source(name: str, row: Mapping[str, Any]) -> Source:
     accepted = [field.name for field in fields(Source)]
     if unknown := sorted(set(row) - set(accepted)):
-        raise ValueError(f"source {name!r} has the keys {unknown}, but accepted are {accepted}")
+        raise Unusable(f"source {name!r} has the keys {unknown}, but accepted are {accepted}")
     if "shards" not in row:
-        raise ValueError(f"source {name!r} has no shards; say in which folder they are")
-    gates = row.get("gates") or {}
+        raise Unusable(f"source {name!r} has no shards; say in which folder they are")
+    patterns, gates, makes = row.get("patterns", Source.patterns), row.get("gates"), row.get("make")
+    for key, value, kind in (
+        ("patterns", patterns, Sequence),
+        ("gates", gates or {}, Mapping),
+        ("make", makes or {}, Mapping),
+    ):
+        if not isinstance(value, kind) or isinstance(value, str):
+            like = "key: value" if kind is Mapping else "[one, another]"
+            raise Unusable(f"source {name!r}: {key} is {value!r}, but must be like {like}")
+    if makes is not None and "converter" not in makes:
+        raise Unusable(
+            f"source {name!r} with shards {row['shards']} has make={dict(makes)} without a "
+            f"converter, perhaps from an experiment; give data.sources.{name}.make.converter=... "
+            f"(`mofo convert --help` lists them), or data.sources.{name}.make=null if the shards "
+            "are there"
+        )
+    gates = gates or {}
     accepted = [field.name for field in fields(Gates)]
     if unknown := sorted(set(gates) - set(accepted)):
-        raise ValueError(f"source {name!r} has the gates {unknown}, but accepted are {accepted}")
-    patterns = tuple(row.get("patterns", Source.patterns))
-    return Source(**{**row, "patterns": patterns, "gates": Gates(**gates)})
+        raise Unusable(f"source {name!r} has the gates {unknown}, but accepted are {accepted}")
+    with _named(name):
+        return Source(**{**row, "patterns": tuple(patterns), "gates": Gates(**gates)})

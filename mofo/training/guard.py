@@ -120,7 +120,9 @@ class Guard(Callback):
         except ValueError as error:
             found = str(error)
         answers = self._gather(found)
-        if faults := {f"{host}: {one}" for host, one in answers if isinstance(one, str)}:
+        several = len({host for host, _ in answers}) > 1
+        faults = {f"{host}: " * several + one for host, one in answers if isinstance(one, str)}
+        if faults:
             raise Refused("the training data is not complete\n  " + "\n  ".join(sorted(faults)))
         first_host, first = answers[0]
         for host, one in answers:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mofo.data.gates import Unusable
 from mofo.model.weights import replacing
 from mofo.training import attempts
 from mofo.training.attempts import Attempt, Refused
@@ -32,6 +33,8 @@ FREE = (
     "plan",
 )
 FREE_DATA = ("num_workers", "accumulate", "max_bad_fraction")
+# What a user can cause: the message says what to do, and no traceback is needed.
+FOR_USERS = (Refused, Unusable, HydraException, OmegaConfBaseException)
 
 
 def quieten() -> None:
@@ -42,12 +45,31 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
 
 
+def show_log() -> None:
+    """On rank 0, also what is logged as information: what gates reject, which sets were made."""
+    if _is_first():
+        log = logging.getLogger("mofo")
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler())
+
+
 def say_briefly(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """For `sys.excepthook`: what is wrong with a command or a config, once, and no traceback."""
-    if not isinstance(error, (Refused, HydraException, OmegaConfBaseException)):
+    """For `sys.excepthook`: what is wrong with a command or a config, once, and no traceback.
+
+    Unusable data are named by every rank that meets them: they may be in the part of one alone.
+    """
+    if not isinstance(error, FOR_USERS):
         sys.__excepthook__(kind, error, trace)  # pyright: ignore[reportArgumentType]
-    elif not int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0"))):
+    elif _is_first() or isinstance(error, Unusable):
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, Unusable):
+            error = error.__cause__
         print(f"mofo: {error}", file=sys.stderr, flush=True)
+
+
+def _is_first(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is rank 0, whoever started it."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((environ[name] for name in names if name in environ), "0") == "0"
 
 
 def of_job(environ: Mapping[str, str] = os.environ) -> DictConfig | None:

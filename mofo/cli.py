@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
-        _complain(args.mode, error)
+        missing = error.filename if isinstance(error, FileNotFoundError) else None
+        _complain(args.mode, f"there is no file {missing}; {_sought()}" if missing else error)
         return 2
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from here" if args.mode in RESUMABLE else ""
@@ -110,10 +111,10 @@ def convert(args: argparse.Namespace) -> int:
     from mofo.data.make import load, make
 
     module = load(args.name)
-    options = vars(
-        convert_parser(args.name, module.find, module.__doc__ or "").parse_args(args.rest)
-    )
-    out = options.pop("out")
+    options = vars(convert_parser(args.name, module).parse_args(args.rest))
+    source, out = options.get("source"), options.pop("out")
+    if source is not None and not Path(source).is_dir():
+        raise ValueError(f"there is no folder {source}; {_sought()}")
     made = make(out, converter=args.name, **options)
     print(f"{args.name} -> {out}" if made else f"{out} is finished already")
     return 0
@@ -328,6 +329,10 @@ def _names(sources: Iterable[str | Path]) -> list[str]:
             name = f"{stem}-{count}"
         names.append(name)
     return names
+
+
+def _sought() -> str:
+    return f"relative paths are looked for in the current directory, {Path.cwd()}"
 
 
 def _complain(mode: str, error: object) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mofo import __version__
@@ -18,7 +19,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 FITS = ("native", "letterbox", "stretch")
 PLANS = ("resident", "turns", "offload")
 # Each converter is a file; to list them none is imported.
-CONVERTERS = sorted(path.stem for path in (Path(__file__).parent / "data/convert").glob("[!_]*.py"))
+FOLDER = Path(__file__).parent / "data/convert"
+CONVERTERS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+SOURCE = {"source": "the folder of the data set, laid out as described here"}
 
 ABOUT = """\
 One model of pictures and their depth. What is given decides what is made:
@@ -97,9 +100,13 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     mode.add_argument("--samples", type=int, default=4, help=about)
     mode.set_defaults(run=run["export"])
 
-    names = ", ".join(CONVERTERS)
-    about = f"`mofo convert NAME --help` says what a set is and lists its options. NAME: {names}"
-    mode = add("convert", help="raw data as the shards that training reads", description=about)
+    mode = add(
+        "convert",
+        help="raw data as the shards that training reads",
+        description="`mofo convert NAME --help` says how a set is laid out and lists its options.",
+        epilog="\n".join(["NAME is", *(f"  {name:<12} {_about(name)}" for name in CONVERTERS)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     mode.add_argument("name", metavar="NAME", choices=CONVERTERS, help="of the data set")
     mode.add_argument("rest", metavar="...", nargs=argparse.REMAINDER, help="options of that set")
     mode.set_defaults(run=run["convert"])
@@ -192,35 +199,44 @@ def _add_tilt(mode: argparse.ArgumentParser, default: float | None, about: str) 
     mode.add_argument("--log2-alpha", type=float, default=default, help=about + shown)
 
 
-def convert_parser(name: str, find: Callable, about: str) -> argparse.ArgumentParser:
-    """Options of `mofo convert NAME`: those of every converter, and the arguments of its `find`."""
+def convert_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """Options of `mofo convert NAME`: those of every converter, and the arguments of its `find`.
+
+    Its `OPTIONS` says what these mean, its `TREE` which files are expected.
+    """
+    tree = getattr(module, "TREE", None)
     top = argparse.ArgumentParser(
         prog=f"mofo convert {name}",
-        description=about,
+        description=module.__doc__,
+        epilog=tree and f"expected:{tree}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     default = "(default: %(default)s)"
-    for option in signature(find).parameters.values():
-        _add_parameter(top, option)
+    for option in signature(module.find).parameters.values():
+        _add_parameter(top, option, (SOURCE | getattr(module, "OPTIONS", {})).get(option.name, ""))
     top.add_argument("--out", required=True, help="the folder to write")
     about = f"samples of one shard {default}"
     top.add_argument("--samples-per-shard", type=_count, default=1000, help=about)
-    about = "that write shards at once (default: one for each core)"
+    about = "number that write shards at once (default: one for each core)"
     top.add_argument("--processes", type=_count, help=about)
-    about = f"of all samples that may be impossible to convert {default}"
+    about = f"share of all samples that may be impossible to convert, 0 to 1 {default}"
     top.add_argument("--max-bad-fraction", type=_share, default=0.01, help=about)
     return top
 
 
-def _add_parameter(top: argparse.ArgumentParser, option: Parameter) -> None:
+def _about(name: str) -> str:
+    """The first line of a converter, which is read and not imported."""
+    with open(FOLDER / f"{name}.py", encoding="utf-8") as file:
+        return file.readline().strip().strip('"')
+
+
+def _add_parameter(top: argparse.ArgumentParser, option: Parameter, about: str) -> None:
     """An argument of a converter as an option of the command line, by its type and default."""
     kind, default = option.annotation, option.default
     needed = default is Parameter.empty
     settings: dict[str, Any] = {"required": needed, "default": None if needed else default}
-    settings["help"] = "" if needed or default is None else "(default: %(default)s)"
-    if option.name == "source":
-        settings["help"] = f"the folder of the data set as it was published {settings['help']}"
+    settings["help"] = about if needed or default is None else f"{about} (default: %(default)s)"
     chosen = next((one for one in (bool, int, float) if kind in (one, one | None)), None)
     if chosen is bool:
         settings["action"] = argparse.BooleanOptionalAction

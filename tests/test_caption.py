@@ -178,6 +178,19 @@ def test_pickled_weights_are_refused(model: Path, tmp_path: Path) -> None:
         Speaker(tmp_path, PROMPT, 4, "cpu")
 
 
+def test_another_kind_of_model_is_refused_with_what_is_accepted(tmp_path: Path) -> None:
+    import transformers as t
+
+    for number, config in enumerate(({"model_type": "mofo"}, {}, t.BertConfig().to_dict())):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            ValueError, match="is no image-text-to-text model.*give a folder or hub"
+        ):
+            Speaker(folder, PROMPT, 4, "cpu")
+
+
 def test_a_model_without_chat_template_is_given_the_mark_of_the_image(
     model: Path, tmp_path: Path
 ) -> None:

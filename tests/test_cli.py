@@ -222,15 +222,22 @@ def test_convert_makes_a_set_once(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "split is 'none'" in refused(capsys, scenes)
     empty = ["convert", "kitti", "--source", tmp_path / "set", "--out", tmp_path / "no"]
     assert "expected" in refused(capsys, empty)
+    lost = ["convert", "images", "--source", tmp_path / "lost", "--out", tmp_path / "no"]
+    assert f"there is no folder {tmp_path / 'lost'}; relative paths" in refused(capsys, lost)
+    lost = [*lost[:3], "data/samples", *lost[4:], "--captions", "lost.csv"]
+    said = refused(capsys, lost)
+    assert "there is no file lost.csv; relative paths are looked for in the current" in said
+    assert said.endswith(str(ROOT))
     assert not (tmp_path / "no").exists()
 
 
 def test_a_converter_is_called_with_its_options_of_their_types(monkeypatch, tmp_path) -> None:
     called: dict = {}
     monkeypatch.setattr("mofo.data.make.make", lambda *args, **kw: called.update(kw) or True)
-    argv = ["convert", "colmap", "--source", "here", "--out", str(tmp_path), "--max-error", "1"]
+    here = str(tmp_path)
+    argv = ["convert", "colmap", "--source", here, "--out", here, "--max-error", "1"]
     assert main([*argv, "--metric", "--processes", "3"]) == 0
-    assert called["source"] == "here"
+    assert called["source"] == here
     assert (type(called["max_error"]), called["max_error"]) == (float, 1.0)
     assert called["metric"] is True
     assert called["min_track"] == 3
@@ -255,12 +262,27 @@ def test_a_converter_is_called_with_its_options_of_their_types(monkeypatch, tmp_
 @pytest.mark.parametrize("name", options.CONVERTERS)
 def test_every_converter_says_what_it_reads(name: str) -> None:
     module = load(name)
-    parser = options.convert_parser(name, module.find, module.__doc__ or "")
-    assert len(parser.description) > 100
+    parser = options.convert_parser(name, module)
+    shown = parser.format_help()
+    assert f"\n    mofo convert {name} " in shown
+    assert getattr(module, "TREE", "") in shown
+    assert set(getattr(module, "OPTIONS", {})) <= set(signature(module.find).parameters)
+    for action in parser._actions:
+        assert not (action.help or "").startswith(("(", " ")), action
+        assert action.help, action
     known = {option for action in parser._actions for option in action.option_strings}
     for parameter in signature(module.find).parameters:
         assert f"--{parameter.replace('_', '-')}" in known
     assert {"--out", "--processes", "--max-bad-fraction", "--samples-per-shard"} <= known
+
+
+def test_the_list_of_converters_says_what_each_is(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in options.CONVERTERS:
+        about = (load(name).__doc__ or "").splitlines()[0]
+        assert f"  {name:<12} {about}" in lines
 
 
 def test_the_choices_are_those_of_the_package() -> None:

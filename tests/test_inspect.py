@@ -1,5 +1,6 @@
 """Inspection: planted faults are found, clean real and generated data raise no alarm."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +12,13 @@ from pictures import picture, sparse
 from PIL import Image, ImageOps
 
 from mofo.data.convert.samples import Photograph, read
-from mofo.data.inspect import inspect, save
+from mofo.data.inspect import SKY, inspect, save
 from mofo.data.sample import Sample
 from mofo.data.scenes import generate
 from mofo.data.shards import Shards
 from mofo.data.suspicion import judge, judge_set, measure
 from mofo.data.write import write
+from mofo.picture import NO_DEPTH
 
 SAMPLES = Path(__file__).parents[1] / "data" / "samples"
 
@@ -206,6 +208,35 @@ def test_the_text_holds_the_manifest_and_each_source(mixed: Path) -> None:
     for part in parts:
         assert part in text
     assert re.search(r"^ +11 +\d+\.\d\d% +test ", text, re.MULTILINE)
+
+
+def test_captions_of_an_overlay_are_counted_and_shown(tmp_path: Path) -> None:
+    samples = [picture(k) if k == 0 else replace(picture(k), captions=()) for k in range(4)]
+    write(samples, tmp_path / "set", "some")
+    assert "captions 1\n" in inspect(tmp_path / "set").text()
+    rows = [
+        {"format": 1, "model": "m"},
+        *({"index": k, "key": f"picture-000{k}", "captions": ["a wall"]} for k in (1, 2)),
+        {"index": 3, "key": "picture-0003", "captions": []},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "set" / "captions.jsonl").write_text(lines)
+    report = inspect(tmp_path / "set")
+    assert "captions 1 and 2 in captions.jsonl\n" in report.text()
+    shown = [card.caption for card in report.cards]
+    assert shown == ["picture number 0, naïve", "a wall", "a wall", "no caption"]
+
+
+def test_sky_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    one = picture(0, size=(192, 256))
+    sky = ~one.depth[1]
+    sky[:, :128] = False
+    write([replace(one, sky=sky)], tmp_path / "set", "one")
+    [card] = inspect(tmp_path / "set").cards
+    depth = card.pictures[1]
+    assert (depth[sky] == SKY).all()
+    assert (depth[~sky & ~one.depth[1]] == NO_DEPTH).all()
+    assert card.about.endswith("blue: sky")
 
 
 def test_the_same_seed_shows_the_same_samples(mixed: Path) -> None:

@@ -116,10 +116,16 @@ class Speaker:
         # Most CPUs are slower in bf16 than in fp32.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         # Neither pickled weights nor code from the hub: both could do anything.
-        self.prepare = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-        network: Any = AutoModelForImageTextToText.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        safe = {"trust_remote_code": False, "use_safetensors": True}
+        try:
+            self.prepare = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **safe)
+        except ValueError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{model} is no image-text-to-text model of transformers ({reason}); give a folder "
+                "or hub id of one, such as HuggingFaceTB/SmolVLM-Instruct"
+            ) from error
         self.network = network.to(device).eval()
         # What is generated stands on the right, so what pads must stand on the left.
         tokenizer = self.prepare.tokenizer

@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mofo.data.caption import OVERLAY, read_overlay
 from mofo.data.sample import DAMAGE, Sample, rasterise
 from mofo.data.shards import DamagedSample, Shards, sidecar_path
 from mofo.data.storage import atomic, read_bytes, write_text
@@ -30,6 +31,7 @@ from mofo.picture import MAGMA, Picture, depth_picture, grid
 SIDE = 256  # pixels of the longer side of a picture
 DOTTED = 0.02  # of the image measured; below it, points are drawn 3 pixels wide
 BLOCKS = " ▁▂▃▄▅▆▇█"
+SKY = (112, 164, 214)
 NUM_SOURCES, NUM_FINDINGS, NUM_REPEATS = 12, 40, 5
 LETTER = 6  # pixels, in the labels of a grid
 SHEET_COLUMNS = 2
@@ -66,7 +68,10 @@ class Card(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """`statistics` has the keys of a manifest; `sources` holds the same of the samples seen."""
+    """`statistics` has the keys of a manifest; `sources` holds the same of the samples seen.
+
+    Both are of the shards alone: `num_overlaid` samples more have a caption by `mofo caption`.
+    """
 
     name: str
     manifest: Mapping[str, Any]
@@ -74,6 +79,7 @@ class Report:
     sources: Mapping[str, Mapping[str, Any]]
     findings: Sequence[Finding]
     cards: Sequence[Card]
+    num_overlaid: int
 
     def text(self) -> str:
         lines = [self.name, *_table(self), "", *_sources(self), ""]
@@ -92,6 +98,7 @@ def inspect(source: str | Path, *, num_samples: int = 48, seed: int = 0) -> Repo
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, but must be 1 or more")
     shards = Shards(source)
+    overlay = read_overlay(source)
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(shards), min(num_samples, len(shards)), replace=False)
     cards, measures, findings = [], [], []
@@ -105,7 +112,8 @@ def inspect(source: str | Path, *, num_samples: int = 48, seed: int = 0) -> Repo
         measures.append(measure(sample))
         doubts = list(judge(sample, measures[-1]))
         findings += doubts
-        cards.append(_card(sample, doubts))
+        captions = sample.captions or overlay.get(sample.key, ())
+        cards.append(_card(replace(sample, captions=captions), doubts))
         counts = tally(sample)
         add(total, counts)
         add(by_source.setdefault(sample.source, {}), counts)
@@ -119,6 +127,7 @@ def inspect(source: str | Path, *, num_samples: int = 48, seed: int = 0) -> Repo
         sources={name: describe(counts) for name, counts in _combined(by_source).items()},
         findings=[*judge_set(measures), *_repeats(shards), *findings],
         cards=cards,
+        num_overlaid=sum(map(bool, overlay.values())),
     )
 
 
@@ -164,7 +173,8 @@ def page(report: Report) -> str:
         f"<style>{STYLE}</style><h1>{html.escape(report.name)}</h1>"
         f"<pre>{html.escape(report.text().partition(chr(10))[2])}</pre>"
         f"<h2>{len(report.cards)} samples</h2>"
-        f"<p class=soft>image, depth, depth upon the image. far{bar}near, grey: not measured</p>"
+        f"<p class=soft>image, depth, depth upon the image. far{bar}near, "
+        "grey: not measured, blue: sky</p>"
         f"{cards}"
     )
 
@@ -231,7 +241,9 @@ def _table(report: Report) -> Iterator[str]:
     if facts is not report.manifest:
         yield f"  of the {facts['samples']} samples seen:"
     names = ("depth", "points", "sky", "intrinsics", "captions")
-    yield "  with        " + ", ".join(f"{name} {facts[f'with_{name}']}" for name in names)
+    more = f" and {report.num_overlaid} in {OVERLAY}" if report.num_overlaid else ""
+    counts = ", ".join(f"{name} {facts[f'with_{name}']}" for name in names)
+    yield f"  with        {counts}{more}"
     sizes = {name: "x".join(map(str, size)) for name, size in facts["image_sizes"].items()}
     yield f"  images      {sizes['min']} to {sizes['max']}, median {sizes['median']}"
     for licence in facts["licences"][:NUM_SOURCES]:
@@ -268,6 +280,8 @@ def _card(sample: Sample, findings: list[Finding]) -> Card:
         low, high = np.percentile(metres[valid], (1, 99))
         unit = "m" if sample.metric else "units"
         about = f"{low:.3g} to {high:.3g} {unit}, {valid.mean():.2%} measured"
+    if sample.sky is not None and sample.sky.any():
+        about += ", blue: sky"
     return Card(
         key=sample.key,
         pictures=_pictures(sample),
@@ -295,6 +309,9 @@ def _pictures(sample: Sample) -> list[Picture]:
     small = rasterise(_scaled(sample, cells), cells)
     metres, valid = (values[np.ix_(rows, columns)] for values in small)
     depth = depth_picture(metres, valid)
+    if sample.sky is not None:
+        rows, columns = (np.arange(n) * k // n for n, k in zip(size, (h, w), strict=True))
+        depth[~valid & sample.sky[np.ix_(rows, columns)]] = SKY
     grey = np.repeat(image.mean(-1, keepdims=True) * 0.7, 3, axis=-1)
     weight = 0.6 if share > 0.5 else 0.9  # lone dots hide little
     mixed = np.where(valid[..., None], weight * depth + (1 - weight) * grey, grey)

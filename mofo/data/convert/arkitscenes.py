@@ -1,5 +1,7 @@
 """ARKitScenes: rooms seen by a tablet with a LiDAR; some also by a laser scanner.
 
+    mofo convert arkitscenes --source DIR --out OUT
+
 Layout, from DATA.md, raw/README.md, depth_upsampling/README.md and download_data.py of
 github.com/apple/ARKitScenes, alike in its three sets (`raw`, `3dod`, `upsampling`; in `3dod` a
 video's folders lie in one more, `VIDEO_frames`): 16-bit depth in millimetres, 0 = none, as large as
@@ -27,7 +29,7 @@ LICENCE = "ARKitScenes licence of Apple (non-commercial); cite Baruch et al., Ne
 TREE = """
   SOURCE/metadata.csv
   SOURCE/{Training,Validation}/VIDEO/[VIDEO_frames/]
-      lowres_wide/VIDEO_TIME.png      or, with highres=True,  wide/
+      lowres_wide/VIDEO_TIME.png      or, with highres,       wide/
       lowres_depth/VIDEO_TIME.png                             highres_depth/
       lowres_wide_intrinsics/VIDEO_TIME.pincam                wide_intrinsics/
       confidence/VIDEO_TIME.png
@@ -36,6 +38,10 @@ TREE = """
 QUARTERS = {"Up": 0, "Right": 1, "Down": 2, "Left": 3}
 STEP = 0.001  # metres
 CONFIDENT = 2  # of 0, 1, 2: below, the tablet has guessed from the picture
+OPTIONS = {
+    "highres": "1920x1440 with the laser scanner's depth, in place of 256x192 with the LiDAR's",
+    "every": "take every N-th frame; neighbours are near-copies",
+}
 
 
 class Frame(NamedTuple):

@@ -33,6 +33,15 @@ from mofo.data.sample import Sample, decode_picture
 VERSION = 1
 LICENCE = "unknown"
 ROUNDING = 1.0  # pixels by which the sides of a resized copy may miss their proportion
+OPTIONS = {
+    "model": "folder of the reconstruction, relative to each project's folder",
+    "images": "folder of the images, relative to each project's folder",
+    "min_track": "leave out points that fewer images than this observe",
+    "max_error": "pixels of the camera; leave out what is reprojected farther off than this",
+    "metric": "the reconstruction was scaled to metres",
+    "dataset": "name of the data set, the source of each sample",
+    "licence": "its terms, kept with each sample",
+}
 
 
 class Project(NamedTuple):

@@ -31,6 +31,9 @@ VERSION = 1
 LICENCE = "CC BY-NC-SA 4.0; cite Guizilini et al., CVPR 2020"
 SAMPLES_PER_ITEM = 6
 SPLITS = {"train": "0", "val": "1"}
+OPTIONS = {
+    "split": "train or val, of ddad.json",
+}
 
 
 class Datum(NamedTuple):

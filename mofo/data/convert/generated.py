@@ -1,8 +1,8 @@
 """Ray-cast rooms and streets (`mofo.data.scenes`) as samples.
 
-To make a set of them:
+    mofo convert generated --split train --count 2000 --out data/made/scenes
 
-    make("data/made/scenes", converter="generated", split="train", count=2000, seed=0)
+The same options give the same scenes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,12 @@ VERSION = 1
 LICENCE = "Apache-2.0"
 # Seeds of one set; sets whose `seed` differs share no scene.
 SEEDS = 1_000_000
+OPTIONS = {
+    "split": "train or test; they share no layout, texture or seed",
+    "count": "number of scenes, up to 1000000",
+    "seed": "another one gives other scenes",
+    "size": "height and width of the images in pixels, two numbers",
+}
 
 
 class Scene(NamedTuple):

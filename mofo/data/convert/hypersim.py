@@ -1,5 +1,7 @@
 """Hypersim: 74,619 rendered pictures of 461 furnished rooms.
 
+    mofo convert hypersim --source DIR --out OUT
+
 Layout, from README.md and contrib/mikeroberts3000 of github.com/apple/ml-hypersim: tone-mapped
 previews as JPEG, and HDF5 files whose `dataset` is the distance to the optical centre in metres,
 NaN where nothing was hit. The camera of each scene is a row of `metadata_camera_parameters.csv`

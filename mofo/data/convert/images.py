@@ -10,7 +10,8 @@ Accepted layouts:
     TABLE.json                  {"sub/NAME.jpg": "a caption", "other.jpg": ["one", "another"]}
     TABLE.csv, TABLE.parquet    a row per caption: the columns file_name and caption
 
-Tables name images relative to DIR, as the metadata.csv of Hugging Face's ImageFolder does.
+A table may lie anywhere. It names images relative to DIR, as the metadata.csv of Hugging Face's
+ImageFolder does.
 """
 
 import csv
@@ -26,6 +27,16 @@ VERSION = 1
 LICENCE = "unknown"
 KEPT = {".jpg", ".jpeg", ".png", ".webp"}  # what shards hold; others become PNG
 DECODED = {".bmp", ".tif", ".tiff"}
+OPTIONS = {
+    "captions": (
+        "table of captions (.json, .csv, .parquet), relative to the current directory; "
+        "without one, NAME.txt beside each image"
+    ),
+    "image_column": "column of the table that names the image, relative to the source",
+    "caption_column": "column of the table that holds the caption",
+    "dataset": "name of the data set, the source of each sample",
+    "licence": "its terms, kept with each sample",
+}
 
 
 class Item(NamedTuple):

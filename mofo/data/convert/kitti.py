@@ -35,6 +35,12 @@ STEP = 1 / 256  # metres
 DRIVE = re.compile(r"\d{4}_\d\d_\d\d_drive_\d{4}_sync")
 CAMERAS = ("image_02", "image_03")
 PARTS = ("train", "val")  # of the annotated depth; a drive is in one of them
+OPTIONS = {
+    "exclude": (
+        "a text file, relative to the current directory, such as the list of a test split: "
+        "drives named in it are left out"
+    ),
+}
 
 
 class Item(NamedTuple):

@@ -28,6 +28,13 @@ from mofo.data.sample import Sample, decode_picture
 
 VERSION = 2
 LICENCE = "unknown"
+OPTIONS = {
+    "index": "list of the instances, relative to the source",
+    "depth": "name of the depth map in each instance's folder",
+    "unit": "metres of one unit of depth; without it the depth is not metric",
+    "dataset": "name of the data set, the source of each sample",
+    "licence": "its terms, kept with each sample",
+}
 
 
 class Item(NamedTuple):

@@ -1,5 +1,7 @@
 """NYU Depth V2, the labelled part: 1449 indoor frames of a Kinect.
 
+    mofo convert nyuv2 --source DIR --out OUT
+
 Layout, from /datasets/nyu_depth_v2.html of cs.nyu.edu/~silberman and its toolbox: one MATLAB 7.3
 file (which is HDF5, so axes are reversed) with `images` (1449, 3, 640, 480) uint8, `rawDepths`
 (1449, 640, 480) in metres, registered to the images, 0 = none, and `depths`, the same filled in,
@@ -30,6 +32,9 @@ SPLITS = {"train": "trainNdxs", "test": "testNdxs"}
 FX, FY = 5.1885790117450188e02, 5.1946961112127485e02
 CX, CY = 3.2558244941119034e02, 2.5373616633400465e02
 MAX_DEPTH = 10.0
+OPTIONS = {
+    "split": "train, test or all, by splits.mat",
+}
 
 
 class Frame(NamedTuple):

@@ -31,6 +31,15 @@ VERSION = 1
 LICENCE = "unknown"
 
 log = logging.getLogger(__name__)
+OPTIONS = {
+    "unit": "metres of one step of a PNG, or of 1.0 in .npy and .exr: 0.001 for millimetres",
+    "image": "pattern of the images, relative to the source",
+    "depth": "pattern of the depth files (.png, .npy, .exr), relative to the source",
+    "invalid": "value in the depth files that means not measured, besides 0",
+    "metric": "unit is in metres; --no-metric: even its size is unknown",
+    "dataset": "name of the data set, the source of each sample",
+    "licence": "its terms, kept with each sample",
+}
 
 
 class Item(NamedTuple):

@@ -1,9 +1,9 @@
 """The real photographs with measured depth of `data/samples`, as samples.
 
-Published layout: `NAME.png|jpg`, `NAME_depth.png` (16 bit, 0 = not measured), `NAME.json`, and one
-`captions.json` for all (`data/samples/README.md`). To make the training part of them:
+    mofo convert samples --keys data/splits/real_train.txt --out data/made/real
 
-    make("data/made/real", converter="samples", keys="data/splits/real_train.txt")
+Published layout: `NAME.png|jpg`, `NAME_depth.png` (16 bit, 0 = not measured), `NAME.json`, and one
+`captions.json` for all (`data/samples/README.md`).
 """
 
 import json
@@ -17,6 +17,9 @@ from mofo.data.sample import Sample, decode_depth, decode_picture
 
 VERSION = 1
 LICENCE = "of each photograph its own: data/samples/LICENSES.md"
+OPTIONS = {
+    "keys": "text file of the photographs' names, one a line, relative to the current directory",
+}
 
 
 class Photograph(NamedTuple):

@@ -1,5 +1,7 @@
 """ScanNet: over 1500 scans of rooms with a structured-light sensor on a tablet, 2.5 million frames.
 
+    mofo convert scannet --source DIR --out OUT
+
 Layout, from README.md and SensReader/ of github.com/ScanNet/ScanNet: one folder a scan with its
 stream of frames (`mofo.data.sens`), JPEG of 1296x968 and depth of 640x480 in millimetres,
 0 = none. The rule that registers them is that of `SensorData::saveToPointCloud` there, in the
@@ -23,6 +25,9 @@ VERSION = 1
 LICENCE = "ScanNet Terms of Use (non-commercial); cite Dai et al., ScanNet, CVPR 2017"
 TREE = """
   SOURCE/.../scene0000_00/scene0000_00.sens"""
+OPTIONS = {
+    "every": "take every N-th frame; they come at 30 Hz, neighbours are near-copies",
+}
 
 
 class Frame(NamedTuple):

@@ -1,5 +1,7 @@
 """TartanAir (the first version): a drone's flights through 18 rendered worlds.
 
+    mofo convert tartanair --source DIR --out OUT
+
 Layout, from README.md and data_type.md of github.com/castacks/tartanair_tools: PNG of 640x480 and
 depth as float32 in metres along the optical axis (disparity = 80 / depth for a base line of
 0.25 m). The field of view is 90 degrees, so the focal length is 320, and the axis meets the picture

@@ -1,5 +1,7 @@
 """Virtual KITTI 2: five streets of KITTI rendered in ten weathers and views, 42,520 pictures.
 
+    mofo convert vkitti2 --source DIR --out OUT
+
 Layout, as published at europe.naverlabs.com (proxy-virtual-worlds-vkitti-2) in three tars (rgb,
 depth, textgt) that unpack into one folder; checked against the loaders of
 github.com/facebookresearch/vggt (training/data/datasets/vkitti.py) and github.com/google-research/

@@ -11,6 +11,7 @@ The package is imported inside the subcommands, so that `mofo --help` answers at
 """
 
 import argparse
+import errno
 import glob
 import re
 import shlex
@@ -32,6 +33,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEPTHS = (".npy", ".npz", ".png", ".tif", ".tiff", ".exr")
 SLUG_LENGTH = 48  # of the folder named after a prompt
 RESUMABLE = ("convert", "caption")
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,11 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except (ValueError, OSError) as error:
         missing = error.filename if isinstance(error, FileNotFoundError) else None
-        _complain(args.mode, f"there is no file {missing}; {_sought()}" if missing else error)
+        if missing:
+            error = f"there is no file {missing}; {_sought()}"
+        elif isinstance(error, OSError) and error.errno in FULL:
+            error = f"{error}; free some space{_goes_on(args.mode)}"
+        _complain(args.mode, error)
         return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from here" if args.mode in RESUMABLE else ""
-        print(f"\nmofo {args.mode}: stopped{goes_on}", file=sys.stderr)
+        print(f"\nmofo {args.mode}: stopped{_goes_on(args.mode)}", file=sys.stderr)
         return 130
 
 
@@ -108,7 +113,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> int:
-    from mofo.data.make import load, make
+    from mofo.data.make import load, make, summary
 
     module = load(args.name)
     options = vars(convert_parser(args.name, module).parse_args(args.rest))
@@ -116,7 +121,9 @@ def convert(args: argparse.Namespace) -> int:
     if source is not None and not Path(source).is_dir():
         raise ValueError(f"there is no folder {source}; {_sought()}")
     made = make(out, converter=args.name, **options)
-    print(f"{args.name} -> {out}" if made else f"{out} is finished already")
+    if not made:
+        print(f"{out} is finished already; to read its source anew, delete it")
+    print(summary(out))
     return 0
 
 
@@ -329,6 +336,10 @@ def _names(sources: Iterable[str | Path]) -> list[str]:
             name = f"{stem}-{count}"
         names.append(name)
     return names
+
+
+def _goes_on(mode: str) -> str:
+    return "; the same command goes on from here" if mode in RESUMABLE else ""
 
 
 def _sought() -> str:

@@ -1,5 +1,6 @@
 """The `mofo` command: fast help, every mode from the shell to files, one line for every mistake."""
 
+import errno
 import json
 import resource
 import shlex
@@ -216,6 +217,7 @@ def test_convert_makes_a_set_once(tmp_path: Path, monkeypatch, capsys) -> None:
     argv = ["convert", "samples", "--keys", str(keys), "--out", str(tmp_path / "set")]
     assert main(argv) == 0
     assert (tmp_path / "set" / "manifest.json").exists()
+    assert "set: 1 samples in 1 shards, " in capsys.readouterr().out
     assert main(argv) == 0
     assert "finished already" in capsys.readouterr().out
     scenes = ["convert", "generated", "--count", "2", "--split", "none", "--out", tmp_path / "no"]
@@ -231,9 +233,20 @@ def test_convert_makes_a_set_once(tmp_path: Path, monkeypatch, capsys) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_a_full_disk_says_that_the_same_command_goes_on(capsys, monkeypatch, tmp_path) -> None:
+    def full(*args: object, **options: object) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mofo.data.make.make", full)
+    scenes = ["convert", "generated", "--count", "2", "--split", "test"]
+    said = refused(capsys, [*scenes, "--out", tmp_path])
+    assert "free some space; the same command goes on from here" in said
+
+
 def test_a_converter_is_called_with_its_options_of_their_types(monkeypatch, tmp_path) -> None:
     called: dict = {}
     monkeypatch.setattr("mofo.data.make.make", lambda *args, **kw: called.update(kw) or True)
+    monkeypatch.setattr("mofo.data.make.summary", str)
     here = str(tmp_path)
     argv = ["convert", "colmap", "--source", here, "--out", here, "--max-error", "1"]
     assert main([*argv, "--metric", "--processes", "3"]) == 0
@@ -242,20 +255,8 @@ def test_a_converter_is_called_with_its_options_of_their_types(monkeypatch, tmp_
     assert called["metric"] is True
     assert called["min_track"] == 3
     assert (called["converter"], called["processes"]) == ("colmap", 3)
-    main(
-        [
-            "convert",
-            "generated",
-            "--split",
-            "test",
-            "--count",
-            "2",
-            "--size",
-            "32",
-            "48",
-            *argv[4:6],
-        ]
-    )
+    scenes = ["generated", "--split", "test", "--count", "2", "--size", "32", "48"]
+    main(["convert", *scenes, "--out", here])
     assert called["size"] == [32, 48]
 
 

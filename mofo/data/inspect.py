@@ -236,6 +236,8 @@ def _table(report: Report) -> Iterator[str]:
         yield f"  hash        {manifest['hash'][:16]}, format {manifest['format']}"
     if (bad := manifest.get("bad", {}).get("items")) is not None:
         yield f"  left out    {bad} items that could not be converted"
+    if empty := manifest.get("empty", {}).get("items"):
+        yield f"  left out    {empty} items in which nothing usable is measured"
     if not facts:
         return
     if facts is not report.manifest:

@@ -7,7 +7,8 @@ A converter is a module of `mofo.data.convert` with
   the same each time, of tuples of paths and numbers (a set that is not read from files has no
   `source`);
 - `read(item)`: the samples of one item, in order;
-- `SAMPLES_PER_ITEM`, about how many these are, if not one.
+- `SAMPLES_PER_ITEM`, about how many these are, if not one;
+- `OPTIONS`, what the arguments of `find` mean, and `TREE`, which files it expects: for `--help`.
 
 Items are cut into consecutive runs, one a shard. A shard is a pure function of its run, so neither
 the number of processes nor a kill changes a byte.

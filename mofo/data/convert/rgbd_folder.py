@@ -79,7 +79,10 @@ def find(
             f"{source} holds no pair: {len(images)} files match {image!r} and {len(depths)} "
             f"{depth!r}, but what '*' stands for is never the same; give other patterns"
         )
-    log.info("%d pairs of %d images and %d depth files", len(pairs), len(images), len(depths))
+    if len(pairs) < max(len(images), len(depths)):
+        log.warning(
+            "%d pairs of %d images and %d depth files", len(pairs), len(images), len(depths)
+        )
     settings = (unit, invalid, metric, dataset, licence)
     items = []
     for path, other in pairs:

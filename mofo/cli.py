@@ -11,7 +11,6 @@ The package is imported inside the subcommands, so that `mofo --help` answers at
 """
 
 import argparse
-import errno
 import glob
 import re
 import shlex
@@ -33,7 +32,6 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEPTHS = (".npy", ".npz", ".png", ".tif", ".tiff", ".exr")
 SLUG_LENGTH = 48  # of the folder named after a prompt
 RESUMABLE = ("convert", "caption")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
+        from mofo.data.storage import FULL
+
         missing = error.filename if isinstance(error, FileNotFoundError) else None
         if missing:
             error = f"there is no file {missing}; {_sought()}"

@@ -1,8 +1,10 @@
 """Shards as they are written here and as any program writes them, for tests of what reads them."""
 
+import errno
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,20 @@ def forty(folder: Path) -> Path:
     """40 pictures in shards of 6."""
     write(map(picture, range(40)), folder, "pictures", samples_per_shard=6)
     return folder
+
+
+def full_disk(after: int) -> Callable:
+    """`open` on a disk that is full once that many bytes are written."""
+
+    class Full(io.FileIO):
+        def write(self, data) -> int:
+            nonlocal after
+            after -= len(data)
+            if after < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    return lambda path, mode: Full(path, mode) if "w" in mode else open(path, mode)
 
 
 def wide(number: int) -> Sample:

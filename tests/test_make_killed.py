@@ -1,7 +1,5 @@
 """Making sets, cut off: what is whole is kept, and the same call makes the rest."""
 
-import errno
-import io
 import os
 import shutil
 import signal
@@ -14,6 +12,7 @@ from types import ModuleType
 
 import pytest
 from made_sets import contents, plant, start, write_source
+from packed import full_disk
 
 from mofo.data import storage
 
@@ -123,20 +122,9 @@ def _members_of_session(session: int) -> list[int]:
 def test_a_full_disk_leaves_whole_shards_and_the_same_call_finishes(
     planted, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    class FullDisk(io.FileIO):
-        def write(self, data) -> int:
-            nonlocal after
-            after -= len(data)
-            if after < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
-
-    def full(path, mode):
-        return FullDisk(path, mode) if "w" in mode else open(path, mode)
-
     out = tmp_path / "out"
     with monkeypatch.context() as disk:
-        disk.setattr(storage, "open", full, raising=False)
+        disk.setattr(storage, "open", full_disk(after), raising=False)
         with pytest.raises(OSError, match="No space left"):
             start(source, out)
     names = {path.name for path in out.iterdir()} - {".lock"}

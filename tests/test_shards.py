@@ -1,7 +1,5 @@
 """Shards: what is written is what is read, older formats too, however many shards there are."""
 
-import errno
-import io
 import json
 import tarfile
 import time
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed import INDEX, archive, forty, kinds, row
+from packed import INDEX, archive, forty, full_disk, kinds, row
 from pictures import encoded, picture, sparse
 from PIL import Image
 
@@ -192,18 +190,7 @@ def test_the_manifest_counts_what_was_written(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_no_half_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    class FullDisk(io.FileIO):
-        def write(self, data) -> int:
-            nonlocal after
-            after -= len(data)
-            if after < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
-
-    def full(path, mode):
-        return FullDisk(path, mode) if "w" in mode else open(path, mode)
-
-    monkeypatch.setattr(storage, "open", full, raising=False)
+    monkeypatch.setattr(storage, "open", full_disk(after), raising=False)
     with pytest.raises(OSError, match="No space left"):
         write(map(picture, range(40)), tmp_path, "set", samples_per_shard=6)
     left = sorted(path.name for path in tmp_path.iterdir())

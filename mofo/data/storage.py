@@ -33,6 +33,7 @@ TRANSIENT = {
     *(errno.ECONNRESET, errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH),
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH),
 }
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what it says when no more can be written
 T = TypeVar("T")
 
 

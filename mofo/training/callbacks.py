@@ -20,6 +20,7 @@ from mofo import picture
 from mofo.alignment import ALIGNMENTS
 from mofo.data.make import make
 from mofo.data.shards import Shards
+from mofo.data.storage import FULL
 from mofo.data.transforms import centre_box, crop_resize
 from mofo.metrics import score
 from mofo.sampler import sample
@@ -27,7 +28,7 @@ from mofo.training.ema import averaged, averaged_weights
 from mofo.training.export import write
 from mofo.training.module import ModalityForcing
 from mofo.training.parallel import full_state
-from mofo.training.progress import FULL, progress_of
+from mofo.training.progress import progress_of
 from mofo.training.watch import still_busy
 
 SHOWN = ("absrel", "delta1")

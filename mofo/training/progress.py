@@ -8,7 +8,6 @@
 A logger, such as Weights & Biases, gets both as a mirror.
 """
 
-import errno
 import json
 import math
 import os
@@ -28,6 +27,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 
+from mofo.data.storage import FULL
 from mofo.model.weights import replacing
 from mofo.training import attempts
 from mofo.training.cost import Shape, peak_flops, step_flops
@@ -35,7 +35,6 @@ from mofo.training.module import ModalityForcing
 
 METRICS, SYSTEM = "metrics.jsonl", "system.jsonl"
 REDRAW_S = 0.1  # of the live line on a terminal
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Progress(Callback):

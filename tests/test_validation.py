@@ -19,6 +19,7 @@ from PIL import Image
 from watched import CONFIGS, STEPS, tiny, write_shards
 
 import train
+from mofo.data.gates import Unusable
 from mofo.data.write import write
 from mofo.metrics import score
 from mofo.training import callbacks
@@ -169,7 +170,7 @@ def test_a_network_without_depth_is_not_validated(shards: Path) -> None:
 
 
 def test_missing_shards_show_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no finished set of shards"):
+    with pytest.raises(Unusable, match="^validation set 'held': .* no finished set of shards"):
         validation(tmp_path / "none").on_fit_start(fake_trainer(), HAS_DEPTH)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from mofo import picture
 from mofo.alignment import ALIGNMENTS
+from mofo.data.gates import Unusable
 from mofo.data.make import make
 from mofo.data.shards import Shards
 from mofo.data.storage import FULL
@@ -134,7 +135,11 @@ class Validation(Callback):
                 if row.get("make") is not None:
                     make(row["shards"], **row["make"])
         trainer.strategy.barrier()
-        self.images = {name: self._read(trainer, row["shards"]) for name, row in self.sets.items()}
+        for name, row in self.sets.items():
+            try:
+                self.images[name] = self._read(trainer, row["shards"])
+            except ValueError as error:
+                raise Unusable(f"validation set {name!r}: {error}") from error
 
     def _read(self, trainer: Any, source: str) -> list[HeldOut]:
         """This rank's images, on all ranks as many."""

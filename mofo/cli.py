@@ -89,7 +89,7 @@ def demo(args: argparse.Namespace) -> int:
     try:
         from mofo.demo.page import launch
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; the page needs mofo[demo]") from error
+        raise ValueError(f"{error.name} is not installed; it is of the extra [demo]") from error
     launch(
         _load(args),
         model=args.model,

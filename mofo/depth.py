@@ -4,7 +4,7 @@ Below it, what is done to whole maps: `fill_nearest`, `fill_batch`, `resample`, 
 
     r = d / mean(d over valid)      z = r if r <= 1 else 2 - 1/r      token = scale * z, patchified
 
-so depth lives in (0, 2) and far depth saturates (recipe section 4). The inverse is
+so depth lives in (0, 2) and far depth saturates (the method's code). The inverse is
 z / (2 m - m^2) with m = max(|z|, 1). The scale of a sample is lost: decoded depth is relative.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 # At and beyond the ball's edge (z >= 2) the inverse blows up and turns negative; what comes
-# this close is not depth (recipe section 4). The farthest valid depth is 1000 times the mean.
+# this close is not depth. The farthest valid depth is 1000 times the mean.
 EDGE = 1e-3
 
 # Neighbouring pixels whose inverse depths differ by at most this share lie on one surface. Measured

@@ -96,7 +96,7 @@ def step(
 
 
 # A clean-data prediction x becomes the velocity (x_t - x) / t; below this time the division is
-# held, in training and in sampling alike (recipe section 5, the method's inference code).
+# held, in training and in sampling alike (the method's inference code).
 MIN_TIME = 0.05
 
 

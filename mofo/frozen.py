@@ -65,7 +65,7 @@ class Encoders:
 
 
 class Teacher:
-    """The text-to-image model as it was before post-training: the velocity to stay close to."""
+    """The text-to-image model that training started from: the velocity to stay close to."""
 
     def __init__(self, dit: ThreeStreamDiT) -> None:
         self.dit = dit.eval().requires_grad_(False)

@@ -1,4 +1,7 @@
-"""Who is given and who is generated, at which times, and what it costs (recipe section 8).
+"""Who is given and who is generated, at which times, and what it costs.
+
+Masks and independent times are the paper's (arXiv 2606.13676); its training code is not public, so
+weights and probabilities are ours, to be ablated.
 
 Mode of a sample: i2d with p = 0.2 (the image is clean), d2i with p = 0.2 (depth is clean), else
 joint with independent times. A modality held at t = 0 is given: it takes no loss.

@@ -44,7 +44,7 @@ from mofo.model.weights import Release
 from mofo.result import Result, Tokens
 from mofo.sampler import sample
 
-# The method's own release, and what its config.json does not say (recipe sections 2 and 5).
+# The method's own release, and what its config.json does not say but its inference code does.
 OFFICIAL = "bartduis/modality_forcing"
 OFFICIAL_SIZE = (512, 512)
 OFFICIAL_TEXT = "Qwen/Qwen3-8B"

@@ -1,8 +1,8 @@
-"""`sample`: one Euler loop for joint, i2d and d2i (recipe section 5).
+"""`sample`: one Euler loop for joint, i2d and d2i, as the method's inference code walks it.
 
 There is no mode argument: the mode is which modality is given. What is given stays clean at
 time 0; a given depth with `log2_alpha` is soft: re-noised along the tilted walk with one fixed
-noise (recipe section 9). The sampler's state is float32 whatever the network's dtype.
+noise (the method's project page). The sampler's state is float32 whatever the network's dtype.
 """
 
 from collections.abc import Callable, Sequence

@@ -73,7 +73,8 @@ class Schedule:
         """(t_image, t_depth), each of num_steps + 1 times from 1 to 0 in float32.
 
         `given` ("image" or "depth") holds that modality at 0. With `log2_alpha` the depth walk is
-        the tilted image walk; for a given depth this is soft conditioning (recipe section 9).
+        the tilted image walk; for a given depth this is soft conditioning (the method's
+        project page).
         """
         if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}, but a walk needs at least 1 step")

@@ -15,8 +15,9 @@ export MOFO_WEIGHTS=${MOFO_WEIGHTS:-$PWD/weights}   # released weights and encod
 export HF_HOME=${HF_HOME:-$PWD/.cache/huggingface}
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}          # nodes reach no network
 
-# --- scratch of the node itself; the cache of shards that are read from URLs, and /tmp
+# --- scratch of the node itself, and up to 100 GiB there for shards that are read from URLs
 export TMPDIR=${TMPDIR:-/tmp}
+export MOFO_CACHE=${MOFO_CACHE:-$TMPDIR/mofo-$(id -u)}
 
 # --- software: modules, then what runs a command; a container is a prefix of it
 #module load cuda/12.8

@@ -46,6 +46,13 @@ def nodes(cfg: object) -> Iterator[dict]:
         yield from nodes(child)
 
 
+def test_help_lists_every_choice_of_training() -> None:
+    lines = (CONFIGS / "train.yaml").read_text().split("Choices, CHOICE=NAME\n")[1].splitlines()
+    words = {line.strip(" ,") for text in lines for line in text.replace(",", " ").split()}
+    listed = {choice for choice in CHOICES if not choice.startswith("eval/")}
+    assert {name for choice in listed for name in choice.split("/")} - {"schedule"} <= words
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_its_nodes_build(name: str) -> None:
     cfg = compose("train", overrides=[f"experiment={name}"])

@@ -72,7 +72,7 @@ def plant(run: Path, step: int, parts: dict[str, dict], samples_seen: int = 0) -
     """Leave a checkpoint in a run's folder, as training does."""
     named = parts.items()
     tensors = {f"{part}/{name}": one for part, state in named for name, one in state.items()}
-    facts = {"data": {"samples_seen": samples_seen}}
+    facts = {"data": {"samples_seen": samples_seen}, "commit": "0123456789ab"}
     store.save(run / "checkpoints", step, tensors, facts, keep=9).wait()
 
 
@@ -175,7 +175,7 @@ def test_a_card_says_what_was_trained_and_how(run: Path, tmp_path: Path) -> None
         "| steps | 5 |",
         "| samples seen | 160 |",
         "| seed | 0 |",
-        "| commit | not recorded |",
+        "| commit | 0123456789ab |",
         "| started from | random weights |",
         "| weights | average over training, decay 0.999 |",
         "hidden_size=32",

@@ -182,6 +182,13 @@ def test_a_file_system_without_locks_is_used_without_them(
 # Far.
 
 
+def test_the_cache_goes_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOFO_CACHE", "/scratch")
+    assert Cache().folder == "/scratch/shards"
+    monkeypatch.delenv("MOFO_CACHE")
+    assert Cache().folder == "~/.cache/mofo/shards"
+
+
 def test_a_remote_set_is_read_like_a_local_one_and_fetched_once(url: str, tmp_path: Path) -> None:
     cache = Cache(folder=str(tmp_path / "cache"))
     assert keys(Shards(url, cache)) == KEYS

@@ -332,8 +332,8 @@ def test_the_export_is_the_average(whole: Path) -> None:
     assert exported.use == {"image_size": [32, 32], "text": "small"}
 
 
-def module(**changes: object) -> ModalityForcing:
-    cfg = compose("train", overrides=["model=xs"])
+def module(*overrides: str, **changes: object) -> ModalityForcing:
+    cfg = compose("train", overrides=["model=xs", *overrides])
     parts = {key: train.build(cfg[key]) for key in ("model", "encoders", "objective", "optimizer")}
     return ModalityForcing(**parts, init_from=None, seed=0, **changes)
 
@@ -349,6 +349,11 @@ def test_the_denominator_is_the_share_of_the_global_batch() -> None:
 def test_an_unknown_body_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="body_dtype is 'float16'; accepted: float32, bfloat16"):
         module(body_dtype="float16")
+
+
+def test_a_base_that_was_distilled_for_guidance_is_refused() -> None:
+    with pytest.raises(ValueError, match="use_guidance_embed is true, but nothing says"):
+        module("model.use_guidance_embed=true")
 
 
 def test_only_matrices_decay_and_nothing_is_left_out() -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -153,11 +153,15 @@ def read_bytes(path: str | Path) -> bytes:
 class Cache:
     """Copies of remote files in a local folder, of at most `max_bytes` together.
 
+    The folder is `shards` in $MOFO_CACHE, or in ~/.cache/mofo.
+
     Files go out by when they were last opened. Processes may share a folder (on a disk of their
     own machine); one of them downloads what all want.
     """
 
-    folder: str = "~/.cache/mofo/shards"
+    folder: str = field(
+        default_factory=lambda: f"{os.environ.get('MOFO_CACHE') or '~/.cache/mofo'}/shards"
+    )
     max_bytes: int = 100 * 2**30
 
     def open(self, url: str, name: str, size: int) -> BufferedReader:

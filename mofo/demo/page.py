@@ -48,7 +48,8 @@ SMALL_PROMPTS = (
     "a room with a green bed and a lamp, wooden floor",
     "a street with two trees and white houses, clear sky",
 )
-# How firmly a given depth is kept, as log2_alpha (recipe section 9); 0 stands for exactly.
+# How firmly a given depth is kept, as log2_alpha (the method's project page shows -5 to -15); 0
+# stands for exactly.
 HOLDS = [("exactly", 0.0), ("closely", -15.0), ("loosely", -5.0)]
 DEPTH_SUFFIXES = [".npy", ".npz", ".exr", ".png", ".tif", ".tiff"]
 SHARP = 256  # pictures with shorter sides are enlarged as squares, not blurred

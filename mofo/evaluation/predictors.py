@@ -191,12 +191,6 @@ def of_transformers(
                 depth = made.predicted_depth[:, None].float()
                 full = torch.nn.functional.interpolate(depth, sizes[0], mode="bilinear")[:, 0]
             else:
-                # ZoeDepth pads the picture, and must be told how large it was.
-                own = (
-                    {"source_sizes": sizes}
-                    if "source_sizes" in signature(restore).parameters
-                    else {}
-                )
                 full = [x["predicted_depth"] for x in restore(made, target_sizes=sizes, **own)]
         return [Prediction(depth=one.float().cpu().numpy()) for one in full]
 

@@ -45,7 +45,7 @@ def starting(path: str | Path, config: DiTConfig) -> dict[str, Tensor]:
 
 
 def grow(path: str | Path, config: DiTConfig) -> ThreeStreamDiT:
-    """Three streams from a FLUX.2 text-to-image base (recipe section 8).
+    """Three streams from a FLUX.2 text-to-image base: how depth starts is our choice.
 
     `path` is the base's single file or a diffusers folder. The depth stream starts as a copy of
     the image stream, decoder blocks as the last single blocks; `depth_in`, the depth head and the
@@ -77,7 +77,7 @@ def teaching(path: str | Path) -> tuple[DiTConfig, dict[str, Tensor]]:
 def base_config(path: str | Path) -> DiTConfig:
     """The dimensions of a text-to-image base, read off its tensors: the file carries no config.
 
-    Head size from `query_norm.scale`, axes are four quarters of it, theta 2000 (recipe section 3).
+    Head size from `query_norm.scale`, axes are four quarters of it, theta 2000: FLUX.2's.
     """
     shapes = shapes_of(read_base(path))
     hidden, channels = shapes["img_in.weight"]

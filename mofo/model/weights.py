@@ -36,7 +36,7 @@ RELEASE = hub.Wanted(
     files=f"{CONFIG}, {WEIGHTS}, ae_encoder.safetensors and ae_decoder.safetensors",
     option="--model",
 )
-# The official releases carry no sizes, only a name; recipe section 3 gives what it stands for.
+# The official releases carry no sizes, only a name; the sizes are those of their tensors.
 VARIANTS = {
     "flux_rgbd_9b_v1": DiTConfig(cross_stream_timestep_mixing=False),
     "flux_rgbd_9b_v2": DiTConfig(),

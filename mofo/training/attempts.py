@@ -119,7 +119,7 @@ def bury(folder: Path, path: Path, **facts: Any) -> None:
 def committed(folder: Path) -> int:
     """Step of the newest checkpoint that stands under its final name; 0 if there is none."""
     names = [path.name for path in (folder / "checkpoints").glob("step_*")]
-    found = [re.fullmatch(r"step_(\d+)(\.ckpt)?", name) for name in names]
+    found = [re.fullmatch(r"step_(\d+)", name) for name in names]
     return max((int(match[1]) for match in found if match), default=0)
 
 

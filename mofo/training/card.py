@@ -34,13 +34,15 @@ _WORDED = ("shards", "weight", "make")
 class Training:
     """Where an export's weights come from: a run, its frozen `config`, one of its checkpoints.
 
-    `num_steps` and `num_seen` samples went into it; None where the checkpoint does not say.
+    `num_steps` and `num_seen` samples went into it, the last at `commit`; None where the checkpoint
+    does not say.
     """
 
     run: Path
     config: Mapping[str, Any]
     num_steps: int | None
     num_seen: int | None
+    commit: str | None
     averaged: bool
 
     @property
@@ -126,7 +128,8 @@ mofo. It has no depth stream."""
 A diffusion transformer over text, image and depth (*Modality Forcing*, arXiv 2606.13676), trained
 with mofo at {h}x{w} pixels. Image and depth have noise levels of their own, so one set of weights
 has three modes: image and depth from text (`joint`), depth of an image (`i2d`), an image for a
-depth map (`d2i`). Depth is relative: its mean is 1, and 0 marks a pixel that cannot be trusted."""
+depth map (`d2i`). Depth is relative: its mean is about 1, and 0 marks a pixel that cannot be
+trusted."""
     return f"# {training.name}\n\n{about}"
 
 
@@ -179,7 +182,7 @@ def _training(training: Training) -> str:
     ema = ((config.get("callbacks") or {}).get("ema") or {}).get("decay")
     rows = {
         "run": training.name,
-        "commit": config.get("commit"),
+        "commit": training.commit,
         "steps": training.num_steps,
         "samples seen": training.num_seen,
         "samples of a step": config["data"].get("batch_size"),

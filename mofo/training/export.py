@@ -71,6 +71,7 @@ def export(
         config=config,
         num_steps=manifest.step,
         num_seen=manifest.facts["data"]["samples_seen"],
+        commit=manifest.facts.get("commit"),
         averaged=averaged,
     )
     release = _release(training, manifest, checkpoint, dtype)

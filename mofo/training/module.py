@@ -73,7 +73,8 @@ class ModalityForcing(LightningModule):
     """Post-training of a text-to-image base into three streams.
 
     `init_from`: None for random weights, a base (single file, diffusers or stage-1 export folder)
-    to grow from, or a three-stream release folder to go on from. The teacher is that base.
+    to grow from, or a three-stream release folder to go on from. The teacher is the same weights
+    without depth, frozen; random weights have none.
     `body_dtype` is what the network computes in, by cast: its weights, which the optimiser sees,
     and its depth head stay float32. `recompute` trades time for the memory of activations,
     `compile` some minutes at the start for speed. A step whose loss or gradient is not finite is
@@ -97,6 +98,11 @@ class ModalityForcing(LightningModule):
         super().__init__()
         if body_dtype not in DTYPES:
             raise ValueError(f"body_dtype is {body_dtype!r}; accepted: {', '.join(DTYPES)}")
+        if model.use_guidance_embed:
+            raise ValueError(
+                "model.use_guidance_embed is true, but nothing says at which guidance a base "
+                "that was distilled for it should be trained; start from a base without it"
+            )
         self.body_dtype = DTYPES[body_dtype]
         self.config, self.encoders, self.objective = model, encoders, objective
         self.settings, self.init_from, self.seed = optimizer, init_from, seed

@@ -5,7 +5,8 @@ A gate looks at a sample as it was published, before any transform. Without sett
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,15 @@ NUM_DEPTHS = 50_000  # of which the percentiles are taken: 0.1 points of rank of
 
 class Unusable(ValueError):
     """Data that cannot be trained on as they are; its message is for whoever chose them."""
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """What is wrong within is Unusable, and says with what."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unusable(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import lightning as L
 
 from mofo.data.caption import read_overlay
-from mofo.data.gates import Gates, Rejections, Unusable
+from mofo.data.gates import Gates, Rejections, Unusable, naming
 from mofo.data.loader import Faults, Source, Steps, TrainingSet
 from mofo.data.make import make
 from mofo.data.order import bucket_sizes
@@ -69,7 +68,7 @@ class DataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         for name, source in self.sources.items():
             if source.make is not None:
-                with _named(name):
+                with naming(f"source {name!r}"):
                     make(source.shards, **source.make)
 
     def train_dataloader(self) -> Steps:
@@ -110,7 +109,7 @@ class DataModule(L.LightningDataModule):
         """
         sets = {}
         for name, source in self.sources.items():
-            with _named(name):
+            with naming(f"source {name!r}"):
                 sets[name] = Shards(source.shards)
                 if files:
                     _look_for(sets[name])
@@ -144,15 +143,6 @@ class DataModule(L.LightningDataModule):
             log.info("damaged samples that were skipped: %d", len(self.faults.met))
         if self.rejections is not None:
             self.rejections.report()
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """What is wrong with a source says with which."""
-    try:
-        yield
-    except ValueError as error:
-        raise Unusable(f"source {name!r}: {error}") from error
 
 
 def _look_for(shards: Shards) -> None:
@@ -214,5 +204,5 @@ def _source(name: str, row: Mapping[str, Any]) -> Source:
     accepted = [field.name for field in fields(Gates)]
     if unknown := sorted(set(gates) - set(accepted)):
         raise Unusable(f"source {name!r} has the gates {unknown}, but accepted are {accepted}")
-    with _named(name):
+    with naming(f"source {name!r}"):
         return Source(**{**row, "patterns": tuple(patterns), "gates": Gates(**gates)})

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mofo import picture
 from mofo.alignment import ALIGNMENTS
-from mofo.data.gates import Unusable
+from mofo.data.gates import naming
 from mofo.data.make import make
 from mofo.data.shards import Shards
 from mofo.data.storage import FULL
@@ -136,10 +136,8 @@ class Validation(Callback):
                     make(row["shards"], **row["make"])
         trainer.strategy.barrier()
         for name, row in self.sets.items():
-            try:
+            with naming(f"validation set {name!r}"):
                 self.images[name] = self._read(trainer, row["shards"])
-            except ValueError as error:
-                raise Unusable(f"validation set {name!r}: {error}") from error
 
     def _read(self, trainer: Any, source: str) -> list[HeldOut]:
         """This rank's images, on all ranks as many."""

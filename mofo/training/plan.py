@@ -106,7 +106,7 @@ def read(cfg: Any) -> Work:
         teacher=_teacher(cfg.init_from, model) if has_teacher else None,
         shape=Shape((h, w), num_text),
         batch_size=cfg.data.batch_size,
-        accumulate=cfg.data.accumulate,
+        accumulate=cfg.trainer.accumulate_grad_batches,
         dtype=dtype,
         recompute=bool(cfg.get("recompute", False)),
         averaged="ema" in cfg.callbacks and cfg.callbacks.ema.decay > 0,

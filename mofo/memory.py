@@ -166,7 +166,8 @@ def stream_blocks(dit: ThreeStreamDiT, device: torch.device | str) -> None:
     """Keep the blocks in the host's memory, and bring each to the device when its turn comes.
 
     Everything else moves to the device. On CUDA the next block is copied while one runs. The
-    network's outputs are the same bit for bit; its weights can no longer learn.
+    weights can no longer learn; the outputs are those of the resident network bit for bit,
+    if that is frozen, too (torch may multiply by weights that learn in another way).
     """
     blocks = _blocks(dit)
     if any(block._compiled_call_impl for block in blocks):

@@ -151,6 +151,7 @@ class Mofo:
         """The network with its weights; they are loaded when this is first read."""
         host = self.plan == "offload"
         release = weights.load(self.folder, "cpu" if host else self.device, self.dtype)
+        release.dit.requires_grad_(False)  # whatever the plan: the bits may depend on it
         if host:
             memory.stream_blocks(release.dit, self.device)
         if self.compiled:

@@ -33,9 +33,10 @@ FLUX2_AUTOENCODER = 84_046_115 * 2  # bf16
 
 
 def deep(**changes) -> ThreeStreamDiT:
-    return network(
-        **{"depth_double": 2, "depth_single": 3, "depth_decoder_num_layers": 2}, **changes
-    )
+    sizes = {"depth_double": 2, "depth_single": 3, "depth_decoder_num_layers": 2}
+    # Frozen as streamed blocks are: for weights that learn, matmul takes another path for strided
+    # input (torch's should_fold), and on some CPUs that path rounds differently.
+    return network(**sizes, **changes).requires_grad_(False)
 
 
 def forward(dit: ThreeStreamDiT, *, has_depth: bool = True, batch: int = 2) -> list[Tensor]:

@@ -59,7 +59,14 @@ def tab(browser: "playwright.Browser", url: str) -> Iterator["playwright.Page"]:
 
 def choose(tab: "playwright.Page", mode: str, field: str, file: Path) -> None:
     tab.get_by_role("tab", name=mode).click()
-    tab.locator(f"{field} input[type=file]").set_input_files(file)
+    for _ in range(5):  # a choice made before the page listens is lost; people choose again
+        try:
+            with tab.expect_request("**/upload*", timeout=PATIENCE / 5):
+                tab.locator(f"{field} input[type=file]").set_input_files(file)
+            return
+        except playwright.TimeoutError:
+            continue
+    pytest.fail(f"the page did not take {file.name}")
 
 
 def make(tab: "playwright.Page", button: str, num_steps: int = 4) -> str:

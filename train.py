@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
     signals.install()
 
+import atexit
 import os
 import sys
 from functools import partial
@@ -20,7 +21,7 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from mofo.training import plan, run
+from mofo.training import parallel, plan, run
 from mofo.training.guard import Guard
 from mofo.training.launch import Launch
 from mofo.training.module import ModalityForcing
@@ -63,6 +64,7 @@ def train(cfg: DictConfig) -> None:
         logger = build(cfg.logger) or False
         trainer = build(cfg.trainer, callbacks=callbacks, logger=logger, **placed)
         trainer.fit(module, build(cfg.data))
+    atexit.register(parallel.leave)
 
 
 if __name__ == "__main__":

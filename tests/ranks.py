@@ -16,7 +16,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
@@ -172,8 +171,7 @@ def main(folder: str, *cases: str) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             world = os.environ.get("WORLD_SIZE", "1")
             (Path(folder) / f"{name}-{world}.json").write_text(json.dumps(out))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    parallel.leave()
 
 
 if __name__ == "__main__":

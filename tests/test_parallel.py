@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,19 @@ def test_weights_are_gathered_whole_and_given_row_by_row(alone: None) -> None:
     found = parallel.full_state(linear)["weight"]
     assert found.dtype == torch.float32
     assert torch.equal(found, given["weight"].float())
+
+
+def test_leaving_frees_process_groups_that_only_a_cycle_holds() -> None:
+    parallel.leave()  # nothing to leave
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.new_group(backend="gloo")
+    freed = weakref.ref(group)
+    cycle: list[Any] = [group]
+    cycle.append(cycle)
+    del group, cycle
+    parallel.leave()
+    assert freed() is None
+    assert not dist.is_initialized()
 
 
 def test_copies_that_do_not_divide_the_ranks_are_refused() -> None:

@@ -5,6 +5,7 @@ if any has one, all save together and leave. What could only fail later, after h
 and at the price of a whole job, is looked at before the network is built.
 """
 
+import atexit
 import os
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 
 from mofo.data.module import DataModule
 from mofo.data.sample import Batch
-from mofo.training import attempts, signals
+from mofo.training import attempts, parallel, signals
 from mofo.training.attempts import TRY_AGAIN, Attempt, FencedOff, Refused
 from mofo.training.checkpoint import Checkpoint
 
@@ -86,6 +87,7 @@ class Guard(Callback):
             if isinstance(callback, Checkpoint):
                 callback.save(trainer, wait=True)
         status = self._most(requeue(noted) if self.attempt is not None else 0)
+        atexit.register(parallel.leave)
         sys.exit(status)
 
     def _most(self, value: int) -> int:

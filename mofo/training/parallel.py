@@ -11,6 +11,7 @@ is: block by block, weights are cast when they are due, and stay float32 where t
 them. The depth head always computes in float32.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -251,3 +252,17 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def leave() -> None:
+    """Leave all process groups, if there are any: last of all, when nothing else refers to them.
+
+    Gloo's threads hold what was exchanged for a moment after the caller goes on. If the interpreter
+    ends meanwhile, they abort the process (pytorch/pytorch#179291) and a finished run counts as
+    dead. Freeing a group waits for its threads, and those in reference cycles have to be found.
+    Only for ranks that end together: one that failed would wait for others.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+        gc.collect()

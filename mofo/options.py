@@ -60,7 +60,7 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
 
     mode = add("joint", help="picture and depth from a prompt")
     mode.add_argument("--prompt", nargs="+", required=True, help="one or several, each in quotes")
-    _add_sampling(mode, run["joint"], cfg_scale=4.0)
+    _add_sampling(mode, run["joint"], cfg_scale=None)
     _add_tilt(mode, 5.0, "above 0 the picture is resolved before the depth")
     about = "predict the depth once more, from the finished picture"
     mode.add_argument("--refine-depth", action="store_true", help=about)
@@ -79,7 +79,7 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     )
     mode.add_argument("--depth", nargs="+", required=True, help=about)
     mode.add_argument("--prompt", required=True, help="what the pictures shall show")
-    _add_sampling(mode, run["d2i"], cfg_scale=4.0)
+    _add_sampling(mode, run["d2i"], cfg_scale=None)
     _add_fit(mode)
     _add_tilt(mode, None, "keep the depth loosely, from -5 (weakest) to -15; left out: exactly")
 
@@ -88,7 +88,7 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     about = "who may reach it: 127.0.0.1 this machine alone, 0.0.0.0 all (default: %(default)s)"
     mode.add_argument("--host", default="127.0.0.1", help=about)
     mode.add_argument("--port", type=int, help="(default: the first free one from 7860)")
-    mode.set_defaults(run=run["demo"], resolution=None, batch=1, cfg_scale=4.0)
+    mode.set_defaults(run=run["demo"], resolution=None, batch=1, cfg_scale=None)
 
     mode = add("export", help="a training run as a release folder")
     mode.add_argument("run_folder", metavar="RUN", type=Path, help="such as runs/small")
@@ -166,12 +166,13 @@ def _add_model(mode: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help=about)
 
 
-def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: float) -> None:
+def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: float | None) -> None:
     default = "(default: %(default)s)"
     _add_model(mode)
     add = mode.add_argument
     add("--num-steps", type=_count, default=50, help=f"steps of the sampler {default}")
-    add("--cfg-scale", type=float, default=cfg_scale, help=f"weight of the prompt {default}")
+    about = default if cfg_scale else "(default: what the model recommends, 4.0 if it says nothing)"
+    add("--cfg-scale", type=float, default=cfg_scale, help=f"weight of the prompt {about}")
     add("--seed", type=int, default=0, help=f"of the first sample {default}")
     add("--num-samples", type=_count, default=1, help=f"seeds for each input {default}")
     add("--batch", type=_count, default=1, help=f"samples made at once {default}")

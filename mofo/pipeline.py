@@ -48,6 +48,7 @@ from mofo.sampler import sample
 OFFICIAL = "bartduis/modality_forcing"
 OFFICIAL_SIZE = (512, 512)
 OFFICIAL_TEXT = "Qwen/Qwen3-8B"
+OFFICIAL_CFG_SCALE = 4.0
 
 Size = tuple[int, int] | None
 
@@ -69,6 +70,8 @@ class Mofo:
         self.folder, self.outline, self.encoders = folder, outline, encoders
         self.device, self.dtype, self.plan, self.compiled = device, dtype, plan, compiled
         self.size = _size(outline)
+        # Weight of the prompt in joint and depth→image, where none is asked for.
+        self.cfg_scale = float(outline.use.get("cfg_scale", OFFICIAL_CFG_SCALE))
         config = outline.dit.config
         if not config.depth_channels:
             raise ValueError(
@@ -102,7 +105,7 @@ class Mofo:
         compiled: bool = False,
         size: Size = None,
         num_samples: int = 1,
-        cfg_scale: float = 4.0,
+        cfg_scale: float | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> "Mofo":
         """Load a release: a folder, a hub id (at a `revision`), or "small".
@@ -127,7 +130,7 @@ class Mofo:
             dtype=dtype,
             size=size or _size(outline),
             num_samples=num_samples,
-            cfg_scale=cfg_scale,
+            cfg_scale=OFFICIAL_CFG_SCALE if cfg_scale is None else cfg_scale,
         )
         free = memory.available(device)
         chosen = memory.choose(needs, free, plan)
@@ -168,7 +171,7 @@ class Mofo:
         *,
         seeds: Seeds = None,
         num_steps: int = 50,
-        cfg_scale: float = 4.0,
+        cfg_scale: float | None = None,
         log2_alpha: float | None = 5.0,
         refine: bool = False,
         size: Size = None,
@@ -176,12 +179,14 @@ class Mofo:
     ) -> Any:
         """A picture with its depth: a `Result`, or a list of them for a list of prompts.
 
-        `seeds`: one per sample, 0, 1, 2, ... if left out. `log2_alpha` > 0 resolves the picture
+        `seeds`: one per sample, 0, 1, 2, ... if left out. `cfg_scale` None: what the release
+        recommends, 4 where it says nothing. `log2_alpha` > 0 resolves the picture
         before the depth; None walks both together. `refine` predicts the depth once more, from the
         finished picture's tokens. `on_step` is told (steps done, steps in all).
         """
         prompts, single = listed(prompt)
         sizes = [size or self.size] * len(prompts)
+        cfg_scale = self.cfg_scale if cfg_scale is None else cfg_scale
         how = {"num_steps": num_steps, "cfg_scale": cfg_scale, "log2_alpha": log2_alpha}
         calls = self._calls("joint", prompts, sizes, size, seeds=seeds, fit="native", **how)
         step = counter(on_step, len(calls) * num_steps * (2 if refine else 1))
@@ -252,7 +257,7 @@ class Mofo:
         valid: np.ndarray | list[Any] | None = None,
         seeds: Seeds = None,
         num_steps: int = 50,
-        cfg_scale: float = 4.0,
+        cfg_scale: float | None = None,
         log2_alpha: float | None = None,
         fit: str = "native",
         size: Size = None,
@@ -271,6 +276,7 @@ class Mofo:
             raise ValueError(f"{len(masks)} valid masks for {len(sources)} depth maps; one each")
         maps = [read_depth(*one) for one in zip(sources, masks, strict=True)]
         sizes = [metres.shape for metres, _ in maps]
+        cfg_scale = self.cfg_scale if cfg_scale is None else cfg_scale
         how = {"num_steps": num_steps, "cfg_scale": cfg_scale, "log2_alpha": log2_alpha}
         calls = self._calls("d2i", prompt, sizes, size, seeds=seeds, fit=fit, **how)
         step = counter(on_step, len(calls) * num_steps)

@@ -130,11 +130,11 @@ def build(mofo: Mofo, root: Path, *, shared: dict[str, str], limits: Limits = LI
         with gr.Row():
             with gr.Column(scale=2, min_width=300), gr.Tabs():
                 with gr.Tab("Text"):
-                    joint = _joint_form(limits, shared["--model"])
+                    joint = _joint_form(limits, shared["--model"], mofo.cfg_scale)
                 with gr.Tab("Photo"):
                     i2d = _i2d_form(limits)
                 with gr.Tab("Depth"):
-                    d2i = _d2i_form(limits, root)
+                    d2i = _d2i_form(limits, root, mofo.cfg_scale)
             with gr.Column(scale=3, min_width=300):
                 outputs = _result_panel()
         for mode, (button, fields) in {"joint": joint, "i2d": i2d, "d2i": d2i}.items():
@@ -258,13 +258,13 @@ def _result_panel() -> list[Any]:
     return [status, panel, picture, depth, cloud, command, files]
 
 
-def _joint_form(limits: Limits, model: str) -> Form:
+def _joint_form(limits: Limits, model: str, cfg_scale: float) -> Form:
     prompt = _prompt("What the picture shall show", limits)
     button = gr.Button("Make picture and depth", variant="primary")
     prompts = SMALL_PROMPTS if model == "small" else PROMPTS
     gr.Examples([[one] for one in prompts], prompt)
     with gr.Accordion("Settings", open=False):
-        sampling = _sampling(4.0, limits)
+        sampling = _sampling(cfg_scale, limits)
         tilt = gr.Slider(0, 10, 5, step=0.5, label="Picture before depth (0: together)")
     return button, [gr.State(), prompt, *sampling, tilt]
 
@@ -282,7 +282,7 @@ def _i2d_form(limits: Limits) -> Form:
     return button, [photo, prompt, *sampling, gr.State()]
 
 
-def _d2i_form(limits: Limits, root: Path) -> Form:
+def _d2i_form(limits: Limits, root: Path, cfg_scale: float) -> Form:
     label = "Depth: .npy, .npz, .exr, 16-bit PNG or TIFF"
     depth = gr.File(label=label, file_types=DEPTH_SUFFIXES, height=140, elem_id="map")
     prompt = _prompt("What the picture shall show", limits)
@@ -296,7 +296,7 @@ def _d2i_form(limits: Limits, root: Path) -> Form:
     if examples:
         gr.Examples(examples, [drawn, depth, prompt], visible_columns=[0])
     with gr.Accordion("Settings", open=False):
-        sampling = _sampling(4.0, limits)
+        sampling = _sampling(cfg_scale, limits)
         hold = gr.Radio(HOLDS, value=0.0, label="Keep the given depth")
     return button, [depth, prompt, *sampling, hold]
 

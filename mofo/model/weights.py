@@ -48,7 +48,8 @@ class Release:
     """A network with what is needed to use it.
 
     `use` says how the weights were trained: `image_size` [h, w] and `text` (an encoder's name or
-    folder); empty in the official releases, which are 512x512 with Qwen3-8B.
+    folder), and with which `cfg_scale` they draw best; empty in the official releases, which are
+    512x512 with Qwen3-8B and 4.
     """
 
     dit: ThreeStreamDiT

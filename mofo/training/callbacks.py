@@ -219,10 +219,13 @@ class Validation(Callback):
 
 
 class Export(Callback):
-    """At the end, the averaged weights as a release folder, in the dtype they were trained in."""
+    """At the end, the averaged weights as a release folder, in the dtype they were trained in.
 
-    def __init__(self, *, folder: str) -> None:
-        self.folder = Path(folder) / "export"
+    `cfg_scale` is what the release recommends as the weight of the prompt.
+    """
+
+    def __init__(self, *, folder: str, cfg_scale: float) -> None:
+        self.folder, self.cfg_scale = Path(folder) / "export", cfg_scale
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ModalityForcing) -> None:
         if trainer.global_step < trainer.max_steps:
@@ -230,6 +233,7 @@ class Export(Callback):
         state = full_state(averaged(trainer) or pl_module.dit)
         if trainer.is_global_zero:
             release = pl_module.release(state)
+            release.use["cfg_scale"] = self.cfg_scale
             write(release, pl_module.encoders.autoencoder, self.folder)
             print(f"exported to {self.folder}")
 

@@ -148,13 +148,17 @@ def _release(
     if not tensors:
         raise ValueError(f"{checkpoint} holds no EMA; export the raw weights (--weights raw)")
     weights.assign(dit, tensors, checkpoint, dtype=dtype)
-    return assemble(
+    release = assemble(
         dit,
         image_schedule=image_schedule,
         depth_schedule=depth_schedule,
         size=config["data"]["size"],
         text=config["encoders"]["text"],
     )
+    recommended = ((config.get("callbacks") or {}).get("export") or {}).get("cfg_scale")
+    if recommended is not None:
+        release.use["cfg_scale"] = float(recommended)
+    return release
 
 
 def _build(config: dict[str, Any]) -> Any:

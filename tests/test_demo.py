@@ -274,11 +274,13 @@ def test_old_files_are_removed_while_the_page_is_up(mofo: Mofo, monkeypatch) -> 
     monkeypatch.setattr(page, "CLEANING", 1)
     with page.serve(mofo, model="small", limits=Limits(keep_seconds=1)) as url:
         root = Path(os.environ["GRADIO_TEMP_DIR"])
-        httpx.post(f"{url}gradio_api/upload", files={"files": ("mine.png", b"x")})
+        [uploaded] = httpx.post(
+            f"{url}gradio_api/upload", files={"files": ("mine.png", b"x")}
+        ).json()
+        assert Path(uploaded).is_relative_to(root)
         joined(url, "one")
         answers(url, "one")
-        assert list(root.rglob("mine.png"))
-        for _ in range(60):
+        for _ in range(300):  # a busy machine cleans late
             if not any(root.rglob(name) for name in ("mine.png", "rgb.png")):
                 break
             threading.Event().wait(0.2)
@@ -290,7 +292,7 @@ def test_a_terminated_page_leaves_no_files(tmp_path: Path) -> None:
     code = """
 from types import SimpleNamespace
 from mofo.demo.page import launch
-launch(SimpleNamespace(device=SimpleNamespace(type="cpu")), model="small")
+launch(SimpleNamespace(device=SimpleNamespace(type="cpu"), cfg_scale=4.0), model="small")
 """
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     env.pop("GRADIO_TEMP_DIR", None)

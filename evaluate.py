@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from mofo.data.storage import FULL
 from mofo.evaluation import gallery
 from mofo.evaluation.benchmark import (
     Images,
@@ -69,6 +70,11 @@ def main(cfg: DictConfig) -> None:
         print(evaluate(cfg))
     except ValueError as error:  # what a user can cause says what to do, without a traceback
         raise SystemExit(f"evaluate.py: {error}") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        again = "free some space, and the same command goes on"
+        raise SystemExit(f"evaluate.py: {error}; {again}") from error
 
 
 def evaluate(cfg: DictConfig) -> str:

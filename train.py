@@ -45,6 +45,7 @@ def train(cfg: DictConfig) -> None:
     run.quieten()
     launch, folder = Launch.read(), Path(cfg.run_dir)
     placed = launch.trainer(cfg)
+    run.check_start(cfg.init_from, build(cfg.model))
     with run.opened(folder, cfg, launch.rank) as attempt:
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         module = ModalityForcing(

@@ -28,7 +28,10 @@ from mofo.options import DTYPES, convert_parser, parser
 if TYPE_CHECKING:
     from mofo.pipeline import Mofo, Result
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".gif", ".ppm", ".pgm", ".jp2"),
+)
 DEPTHS = (".npy", ".npz", ".png", ".tif", ".tiff", ".exr")
 SLUG_LENGTH = 48  # of the folder named after a prompt
 RESUMABLE = ("convert", "caption")

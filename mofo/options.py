@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import Parameter, signature
+from math import isfinite
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 from mofo import __version__
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-# As in mofo.data.fit and mofo.memory, which cost seconds to import.
+# As in mofo.data.fit, mofo.memory and mofo.calls, which cost seconds to import.
 FITS = ("native", "letterbox", "stretch")
 PLANS = ("resident", "turns", "offload")
+NUM_SEEDS = 2**32
 # Each converter is a file; to list them none is imported.
 FOLDER = Path(__file__).parent / "data/convert"
 CONVERTERS = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
@@ -59,14 +61,18 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     add = partial(modes.add_parser, allow_abbrev=False)
 
     mode = add("joint", help="picture and depth from a prompt")
-    mode.add_argument("--prompt", nargs="+", required=True, help="one or several, each in quotes")
+    mode.add_argument(
+        "--prompt", nargs="+", action="extend", required=True, help="one or several, each in quotes"
+    )
     _add_sampling(mode, run["joint"], cfg_scale=None)
     _add_tilt(mode, 5.0, "above 0 the picture is resolved before the depth")
     about = "predict the depth once more, from the finished picture"
     mode.add_argument("--refine-depth", action="store_true", help=about)
 
     mode = add("i2d", help="depth of pictures")
-    mode.add_argument("--image", nargs="+", required=True, help="files, folders or patterns")
+    mode.add_argument(
+        "--image", nargs="+", action="extend", required=True, help="files, folders or patterns"
+    )
     mode.add_argument("--prompt", default="", help="what the pictures show (default: nothing)")
     _add_sampling(mode, run["i2d"], cfg_scale=1.0)
     _add_fit(mode)
@@ -77,7 +83,7 @@ def parser(run: Mapping[str, Callable]) -> argparse.ArgumentParser:
     about = (
         "files (.npy, .npz, 16-bit PNG or TIFF, .exr; any unit, 0 = not valid), folders, patterns"
     )
-    mode.add_argument("--depth", nargs="+", required=True, help=about)
+    mode.add_argument("--depth", nargs="+", action="extend", required=True, help=about)
     mode.add_argument("--prompt", required=True, help="what the pictures shall show")
     _add_sampling(mode, run["d2i"], cfg_scale=None)
     _add_fit(mode)
@@ -172,8 +178,8 @@ def _add_sampling(mode: argparse.ArgumentParser, run: Callable, *, cfg_scale: fl
     add = mode.add_argument
     add("--num-steps", type=_count, default=50, help=f"steps of the sampler {default}")
     about = default if cfg_scale else "(default: what the model recommends, 4.0 if it says nothing)"
-    add("--cfg-scale", type=float, default=cfg_scale, help=f"weight of the prompt {about}")
-    add("--seed", type=int, default=0, help=f"of the first sample {default}")
+    add("--cfg-scale", type=_finite, default=cfg_scale, help=f"weight of the prompt {about}")
+    add("--seed", type=_seed, default=0, help=f"of the first sample {default}")
     add("--num-samples", type=_count, default=1, help=f"seeds for each input {default}")
     add("--batch", type=_count, default=1, help=f"samples made at once {default}")
     about = "SIDE or WIDTHxHEIGHT that the network works at (default: as it was trained)"
@@ -197,7 +203,7 @@ def _add_fit(mode: argparse.ArgumentParser) -> None:
 
 def _add_tilt(mode: argparse.ArgumentParser, default: float | None, about: str) -> None:
     shown = "" if default is None else " (default: %(default)s)"
-    mode.add_argument("--log2-alpha", type=float, default=default, help=about + shown)
+    mode.add_argument("--log2-alpha", type=_finite, default=default, help=about + shown)
 
 
 def convert_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
@@ -249,17 +255,30 @@ def _add_parameter(top: argparse.ArgumentParser, option: Parameter, about: str) 
 
 
 def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive; give 1 or more")
+    if not text.isdecimal() or (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1; give 1 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or (value := int(text)) >= NUM_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; give 0 to {NUM_SEEDS - 1}")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not finite; give a number")
     return value
 
 
 def _resolution(text: str) -> tuple[int, int]:
     """(height, width) of SIDE or WIDTHxHEIGHT."""
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if sides is None:
+    size = (int(sides[2] or sides[1]), int(sides[1])) if sides else (0, 0)
+    if min(size) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 512, or 640x384")
-    return int(sides[2] or sides[1]), int(sides[1])
+    return size
 
 
 def _share(text: str) -> float:

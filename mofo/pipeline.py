@@ -335,7 +335,7 @@ class Mofo:
     ) -> tuple[Float[Tensor, "b l ci"], Float[Tensor, "b l cd"]]:
         nulls = [""] if call.cfg_scale > 1 else []
         text = self._text([*nulls, *call.prompts])  # before the network: it may come after a turn
-        made = sample(
+        made_image, made_depth = sample(
             self.release.dit,
             self.outline.schedule,
             text[len(nulls) :],
@@ -349,8 +349,13 @@ class Mofo:
             seeds=call.seeds,
             on_step=step,
         )
-        assert made[1] is not None  # the network has a depth stream
-        return made[0], made[1]
+        assert made_depth is not None  # the network has a depth stream
+        if not (made_image.isfinite().all() and made_depth.isfinite().all()):
+            raise ValueError(
+                f"the network in {self.folder} gave numbers that are not finite; its weights are "
+                "damaged, or cfg_scale is far too large"
+            )
+        return made_image, made_depth
 
     def _pictures(self, tokens: Tensor, call: Call) -> list[Picture]:
         pixels = self.encoders.pixels(tokens, call.grid).float().cpu()

@@ -1,5 +1,6 @@
 """`Result`: one generated picture with its depth, and the files it is saved as."""
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,9 @@ class Result:
             arrays[UNCERTAINTY[0]] = self.uncertainty
             pictures[UNCERTAINTY[1]] = magma(self.uncertainty / BRIGHTEST)
         for name, values in arrays.items():
-            with replacing(folder / name) as partial, partial.open("wb") as file:
-                np.save(file, values)
+            np.save(written := io.BytesIO(), values)  # to a file, it would not say why it failed
+            with replacing(folder / name) as partial:
+                partial.write_bytes(written.getvalue())
         for name, pixels in pictures.items():
             with replacing(folder / name) as partial:
                 Image.fromarray(pixels).save(partial, format="PNG")

@@ -15,10 +15,11 @@ from made_lines import lines_of, write_run
 from PIL import Image
 from tiny import save_release
 
-from mofo import memory, options
+from mofo import calls, memory, options
 from mofo.cli import ACTIONS, _names, find, main
 from mofo.data import fit
 from mofo.data.make import load
+from mofo.model import weights
 
 ROOT = Path(__file__).parents[1]
 FEW = ["--num-steps", "2", "--device", "cpu"]
@@ -158,13 +159,45 @@ def test_mistakes_are_one_line_and_write_nothing(
         ),
         (["joint", "--prompt", "a", *out, "--device", "gpu"], "device is 'gpu'"),
         (["joint", "--prompt", "a", *out, "--text-encoder", "no/where"], "no/where"),
-        (["joint", "--prompt", "a", *out, "--seed", "-1"], "seed is -1"),
         (["i2d", "--image", inputs / "none*", *out], "matches no file"),
         (["d2i", "--depth", tmp_path, "--prompt", "", *out], "holds no .npy"),
         (["d2i", "--depth", inputs / "a.png", "--prompt", "", *out], "colours"),
     ):
         assert words in refused(capsys, argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_option_typed_again_adds_to_its_inputs(
+    folder: Path, inputs: Path, tmp_path: Path
+) -> None:
+    each = [part for name in ("a.png", "b.jpg") for part in ("--image", inputs / name)]
+    out = ["--output-dir", tmp_path / "out", "--model", folder, *FEW]
+    assert main([str(one) for one in ["i2d", *each, *out]]) == 0
+    assert {path.name for path in only(tmp_path / "out").iterdir()} == {"a", "b"}
+
+
+def test_weights_that_are_no_numbers_are_refused_at_the_first_sample(
+    tmp_path: Path, capsys
+) -> None:
+    folder = save_release(tmp_path / "release")
+    tensors = weights.read_tensors(folder / "model.safetensors")
+    tensors["dit.img_in.weight"] = tensors["dit.img_in.weight"] * float("nan")
+    weights.write_tensors(tensors, folder / "model.safetensors")
+    argv = ["joint", "--prompt", "a", "--model", folder, "--output-dir", tmp_path / "out", *FEW]
+    assert "gave numbers that are not finite; its weights are damaged" in refused(capsys, argv)
+
+
+def test_a_full_disk_is_named_whatever_is_written(
+    folder: Path, inputs: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "depth_raw.npy")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    argv = ["i2d", "--image", inputs / "a.png", "--model", folder, *FEW]
+    argv += ["--output-dir", tmp_path / "out"]
+    assert "No space left on device: 'depth_raw.npy'; free some space" in refused(capsys, argv)
+    assert not list(only(tmp_path / "out").iterdir())
 
 
 def test_damaged_weights_are_named(tmp_path: Path, capsys) -> None:
@@ -184,6 +217,10 @@ def test_damaged_weights_are_named(tmp_path: Path, capsys) -> None:
         ["joint", "--prompt", "a", "--refine"],
         ["joint", "--prompt", "a", "--num-samples", "0"],
         ["joint", "--prompt", "a", "--resolution", "8x"],
+        ["joint", "--prompt", "a", "--resolution", "0"],
+        ["joint", "--prompt", "a", "--seed", "-1"],
+        ["joint", "--prompt", "a", "--cfg-scale", "nan"],
+        ["joint", "--prompt", "a", "--num-steps", "1.5"],
         ["joint", "--prompt", "a", "--edge-rtol", "-1"],
         ["i2d", "--image", "a.png", "--fit", "crop"],
         ["i2d", "--image", "a.png", "--fov-deg", "180"],
@@ -289,6 +326,7 @@ def test_the_list_of_converters_says_what_each_is(capsys) -> None:
 def test_the_choices_are_those_of_the_package() -> None:
     assert options.FITS == fit.FITS
     assert options.PLANS == memory.PLANS
+    assert options.NUM_SEEDS == calls.NUM_SEEDS
 
 
 @pytest.mark.parametrize("plan", memory.PLANS)

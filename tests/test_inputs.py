@@ -247,6 +247,7 @@ def test_an_archive_may_hold_other_arrays_beside_one_map(tmp_path: Path) -> None
         ),
         ({"image": np.zeros((4, 4, 3))}, r"holds image \(4, 4, 3\), but must"),
         ({"depth": np.zeros((2, 4, 4))}, r"holds depth \(2, 4, 4\), but must"),
+        ({"depth": CODES, "valid": np.ones(3, bool)}, "its depth and its valid have different"),
         ({}, "holds nothing"),
     ],
 )
@@ -254,7 +255,7 @@ def test_an_archive_without_a_clear_map_says_what_it_holds(
     arrays: dict, words: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ValueError, match=rf"a\.npz cannot be read as depth \(it {words}"):
+    with pytest.raises(ValueError, match=rf"a\.npz cannot be read as depth \((it )?{words}"):
         read_depth(tmp_path / "a.npz")
 
 
@@ -281,6 +282,28 @@ def test_an_array_file_that_claims_more_than_it_holds_is_refused(tmp_path: Path)
     for name in ("a.npy", "a.npz"):
         with pytest.raises(ValueError, match=f"{name} cannot be read as depth"):
             read_depth(tmp_path / name)
+
+
+def test_an_archive_says_where_its_depth_is_valid(tmp_path: Path) -> None:
+    valid = np.zeros((20, 30), bool)
+    np.savez(tmp_path / "none.npz", depth=CODES, valid=valid)
+    valid[3:5] = True
+    np.savez(tmp_path / "some.npz", depth=CODES, valid=valid)
+    assert (read_depth(tmp_path / "some.npz")[1] == valid).all()
+    with pytest.raises(ValueError, match="has no valid pixel"):
+        read_depth(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("shape", [(1, 20, 30), (20, 30, 1)])
+def test_an_axis_of_length_1_is_no_colour(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must be .h, w.: take out the axis of length 1"):
+        read_depth(np.ones(shape))
+
+
+def test_text_is_no_array_file_and_nobody_is_told_to_unpickle_it(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_text("1.0 2.0 3.0")
+    with pytest.raises(ValueError, match="it is no file of np.save or np.savez"):
+        read_depth(tmp_path / "a.npy")
 
 
 def test_a_file_of_another_kind_than_its_name_is_refused(tmp_path: Path) -> None:
@@ -330,7 +353,7 @@ def test_a_picture_of_depth_is_refused_with_the_reason(
         read_depth(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "U3", "O", "M8[s]"])
+@pytest.mark.parametrize("dtype", ["complex64", "U3", "O", "M8[s]", "bool"])
 def test_what_is_no_number_is_no_depth(dtype: str) -> None:
     with pytest.raises(ValueError, match="depth is made of numbers"):
         read_depth(np.ones((3, 3)).astype("i8").astype(dtype))

@@ -57,7 +57,7 @@ def test_lists_that_do_not_match_are_refused(mofo: Mofo) -> None:
         (np.full((8, 8), np.nan, np.float32), "no valid pixel"),
         (np.zeros((8, 8), np.uint16), "no valid pixel"),
         (np.ones((8, 8), np.uint8), "8-bit picture"),
-        (np.ones((8, 8), bool), "8-bit picture"),
+        (np.ones((8, 8), bool), "depth is made of numbers"),
         (np.ones((8, 8, 3), np.float32), "colours"),
         (np.ones((0, 8), np.float32), r"shape \(0, 8\)"),
     ],

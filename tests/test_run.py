@@ -170,8 +170,10 @@ def config(**changes: object) -> DictConfig:
 
 
 def test_what_shapes_the_numbers_is_frozen_and_the_rest_follows_the_command(tmp_path: Path) -> None:
-    with run.opened(tmp_path, config(), 0):
+    with run.opened(tmp_path, config(seed=2), 0):
         pass
+    with run.opened(tmp_path, config(), 0):  # nothing was trained with the other seed
+        (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     with (
         pytest.raises(Refused, match="seed: 0 there, 1 here"),
         run.opened(tmp_path, config(seed=1), 0),

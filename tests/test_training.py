@@ -238,6 +238,15 @@ def test_another_configuration_under_the_same_name_is_refused(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_what_trained_nothing_holds_no_name(tmp_path: Path, start: Train, whole: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)init_from=/nope: there is no /nope.*=null"):
+        start(tmp_path, "init_from=/nope")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RuntimeError, match="killed"):
+        start(tmp_path, "optimizer.lr=2e-3", kill_at=1)  # before its first checkpoint
+    assert_same_run(start(tmp_path), whole)
+
+
 def test_a_worker_process_changes_nothing(tmp_path: Path, start: Train, whole: Path) -> None:
     run = start(tmp_path, "data.num_workers=1", "trainer.max_steps=6")
     assert trace(run) == trace(whole)[:6]
@@ -329,7 +338,7 @@ def test_the_export_is_the_average(whole: Path) -> None:
     exported = weights.load(whole / "export")
     for name, tensor in exported.dit.state_dict().items():
         torch.testing.assert_close(tensor, average[name], rtol=0, atol=0)
-    assert exported.use == {"image_size": [32, 32], "text": "small"}
+    assert exported.use == {"image_size": [32, 32], "text": "small", "cfg_scale": 4.0}
 
 
 def module(*overrides: str, **changes: object) -> ModalityForcing:

@@ -161,6 +161,8 @@ def test_a_truncated_file_is_named(folder: Path, keep: int) -> None:
         ("depth", {"edge": 1}, r"unknown keys \['edge'\]"),
         ("depth", {"depth_normalize_mode": ["log"]}, r"normalises depth by \['log'\]; accepted"),
         ("schedule", {"mu": 1}, r"unknown keys \['mu'\]"),
+        ("dit", {"num_heads": 0}, "cannot be used: .*'num_heads': 0"),
+        ("dit", {"axes_dim": 4}, "cannot be used: .*'axes_dim': 4"),
     ],
 )
 def test_a_config_that_contradicts_weights_or_code_is_refused(
@@ -177,12 +179,20 @@ def test_an_unknown_variant_lists_the_known(folder: Path) -> None:
         weights.load(folder)
 
 
-@pytest.mark.parametrize("text", [None, "{half"])
-def test_a_missing_or_broken_config_says_so(folder: Path, text: str | None) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no release folder"),
+        ("{half", "not valid JSON"),
+        ("[1, 2]", r"it is \[1, 2\], but must be an object"),
+        ('{"dit": null}', "dit is None, but must be an object"),
+    ],
+)
+def test_a_missing_or_broken_config_says_so(folder: Path, text: str | None, words: str) -> None:
     (folder / "config.json").unlink()
     if text:
         (folder / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="not valid JSON" if text else "no release folder"):
+    with pytest.raises(ValueError, match=words):
         weights.load(folder)
 
 

@@ -29,6 +29,7 @@ MAX_PIXELS = 100_000_000
 # Pillow reads more, EPS among them: by running another program on the file.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 DEPTH_FILES = ".npy, .npz, .exr, 16-bit PNG, 16-bit or float TIFF"
+NUMPY_FILES = (b"\x93NUMPY", b"PK")  # what .npy and .npz begin with
 DEPTH_CHANNELS = ("z", "depth")  # in an OpenEXR file with several
 
 # What Pillow, NumPy and OpenEXR raise for files that are broken or not what their name says.
@@ -68,14 +69,16 @@ def read_depth(source: DepthSource, valid: np.ndarray | None = None) -> DepthMap
     """Depth in the unit it came in, which may be any, and where it is valid.
 
     By default that is where it is finite and positive. A path is a .npy of numbers, a .npz with one
-    map, an .exr with one channel or one named Z or depth (needs OpenEXR), a 16-bit PNG or TIFF
-    (0 = not measured), or a float TIFF.
+    map (or `depth`, and a bool `valid`), an .exr with one channel or one named Z or depth (needs
+    OpenEXR), a 16-bit PNG or TIFF (0 = not measured), or a float TIFF.
     """
     name = "depth" if isinstance(source, np.ndarray) else str(source)
     values = source if isinstance(source, np.ndarray) else _depth_file(Path(source))
     if values.ndim != 2 or not values.size:
-        raise ValueError(f"{name} has the shape {values.shape}, but must be (h, w): {COLOURS}")
-    if values.dtype.kind not in "fiub":
+        flat = values.squeeze().ndim == 2
+        why = "take out the axis of length 1" if flat else COLOURS
+        raise ValueError(f"{name} has the shape {values.shape}, but must be (h, w): {why}")
+    if values.dtype.kind not in "fiu":
         raise ValueError(f"{name} is {values.dtype}, but depth is made of numbers")
     if values.dtype.itemsize == 1:
         raise ValueError(f"{name} is {values.dtype}: {EIGHT_BITS}")
@@ -115,6 +118,9 @@ def _depth_file(path: Path) -> np.ndarray:
 
 
 def _numpy_depth(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        if not file.read(6).startswith(NUMPY_FILES):  # else NumPy suggests to unpickle it
+            raise ValueError("it is no file of np.save or np.savez")
     # Mapped, not read: the file must be as large as its header claims before memory is taken.
     loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -126,6 +132,10 @@ def _numpy_depth(path: Path) -> np.ndarray:
             _check_size((entry.file_size // np.dtype(np.float64).itemsize,))
         names = ["depth"] if "depth" in archive else archive.files
         arrays = {name: archive[name] for name in names}
+        if "depth" in archive and "valid" in archive and archive["valid"].dtype == np.bool_:
+            if archive["valid"].shape != arrays["depth"].shape:
+                raise ValueError("its depth and its valid have different shapes")
+            arrays["depth"] = np.where(archive["valid"], arrays["depth"], 0)
     maps = {name: array for name, array in arrays.items() if array.ndim == 2}
     if len(maps) != 1:
         inside = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())

@@ -111,6 +111,11 @@ def base_names(config: DiTConfig) -> list[str]:
 def read_base(path: str | Path) -> dict[str, Tensor]:
     """A text-to-image base in the names of its own single file, whichever layout it comes in."""
     folder = file = folder_of(path)
+    if not folder.exists() and not exists(folder):
+        raise ValueError(
+            f"there is no {folder} (in {Path.cwd()}); a base is a safetensors file, a diffusers "
+            "folder or a release folder, or one of the shipped: small, small_base"
+        )
     if folder.is_dir():
         inside = [folder / "transformer", folder]
         names = ["diffusion_pytorch_model.safetensors", WEIGHTS]

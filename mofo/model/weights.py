@@ -37,6 +37,7 @@ RELEASE = hub.Wanted(
     option="--model",
 )
 # The official releases carry no sizes, only a name; the sizes are those of their tensors.
+SECTIONS = ("dit", "depth", "schedule", "use")
 VARIANTS = {
     "flux_rgbd_9b_v1": DiTConfig(cross_stream_timestep_mixing=False),
     "flux_rgbd_9b_v2": DiTConfig(),
@@ -208,7 +209,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a release folder."""
     try:
-        return json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG).read_text())
     except OSError as error:
         raise ValueError(
             f"{folder} is no release folder: {CONFIG} cannot be read ({error}); expected "
@@ -216,6 +217,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is not valid JSON: {error}") from error
+    for name, part in [("it", config), *(config.items() if isinstance(config, dict) else ())]:
+        if not isinstance(part, dict) and name in ("it", *SECTIONS):
+            raise ValueError(f"{folder / CONFIG}: {name} is {part!r}, but must be an object")
+    return config
 
 
 def parse(config: dict[str, Any], folder: Path) -> tuple[DiTConfig, DepthCodec, Schedule]:
@@ -250,7 +255,10 @@ def _section(kind: type[T], values: dict[str, Any], folder: Path) -> T:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{folder / CONFIG} has unknown keys {unknown}; accepted: {known}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{folder / CONFIG} cannot be used: {values}: {error}") from error
 
 
 def compare(wanted: Mapping[str, Any], found: Mapping[str, Any], path: str | Path) -> None:

@@ -14,11 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mofo.data.gates import Unusable
+from mofo.model import growth
+from mofo.model.dit import DiTConfig
 from mofo.model.weights import replacing
 from mofo.training import attempts
 from mofo.training.attempts import Attempt, Refused
 
 FROZEN = "config.yaml"
+TRAINED = ("checkpoints/step_*", "export/*")  # what would be lost
 # May differ when a run goes on: how long, on what, and what is written about it.
 FREE = (
     "trainer",
@@ -87,15 +90,29 @@ def of_job(environ: Mapping[str, str] = os.environ) -> DictConfig | None:
     return cfg
 
 
+def check_start(init_from: str | None, model: DiTConfig) -> None:
+    """Refused, before anything is written, unless training can begin from there."""
+    if init_from is None:
+        return
+    try:
+        growth.starting(init_from, model)
+    except ValueError as error:
+        raise Refused(
+            f"training cannot begin from init_from={init_from}: {error}\n"
+            "Give a base or a release that fits model=..., or init_from=null for random weights"
+        ) from error
+
+
 @contextmanager
 def opened(folder: Path, cfg: DictConfig, rank: int) -> Iterator[Attempt | None]:
     """The run folder with `cfg` frozen in it, held by rank 0, which gets its attempt.
 
     Refused if it holds a run whose configuration differs in what shapes its numbers, or if a
-    live process holds it.
+    live process holds it. A run that left nothing trained is begun anew with any configuration.
     """
     frozen = folder / FROZEN
-    if frozen.exists() and (differing := differences(shaping(folder), _flat(cfg))):
+    trained = any(any(folder.glob(made)) for made in TRAINED)
+    if trained and frozen.exists() and (differing := differences(shaping(folder), _flat(cfg))):
         listed = "\n  ".join(differing[:10])
         raise Refused(
             f"{folder} holds a run with another configuration:\n  {listed}\n"

@@ -224,7 +224,7 @@ class Export(Callback):
     `cfg_scale` is what the release recommends as the weight of the prompt.
     """
 
-    def __init__(self, *, folder: str, cfg_scale: float) -> None:
+    def __init__(self, *, folder: str, cfg_scale: float = 4.0) -> None:
         self.folder, self.cfg_scale = Path(folder) / "export", cfg_scale
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ModalityForcing) -> None:

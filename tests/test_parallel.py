@@ -99,8 +99,8 @@ def launch(folder: Path, world: int, cases: dict[str, int]) -> dict[str, Outcome
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     for _ in range(2):
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-        # Now and then a thread of gloo ends its process by a fault of memory, between two steps of
-        # whatever case: no Python of ours runs there, and the numbers of another launch count.
+        # Now and then gloo's own thread (pt_gloo_runloop) dies of a fault of memory in the middle
+        # of a run; the numbers of another launch count.
         if not any(fault in ran.stderr for fault in NATIVE_FAULTS):
             break
     assert ran.returncode == 0, ran.stderr[-4000:]

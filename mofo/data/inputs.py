@@ -29,7 +29,7 @@ MAX_PIXELS = 100_000_000
 # Pillow reads more, EPS among them: by running another program on the file.
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
 DEPTH_FILES = ".npy, .npz, .exr, 16-bit PNG, 16-bit or float TIFF"
-NUMPY_FILES = (b"\x93NUMPY", b"PK")  # what .npy and .npz begin with
+NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK"  # what .npy and .npz begin with
 DEPTH_CHANNELS = ("z", "depth")  # in an OpenEXR file with several
 
 # What Pillow, NumPy and OpenEXR raise for files that are broken or not what their name says.
@@ -119,7 +119,7 @@ def _depth_file(path: Path) -> np.ndarray:
 
 def _numpy_depth(path: Path) -> np.ndarray:
     with path.open("rb") as file:
-        if not file.read(6).startswith(NUMPY_FILES):  # else NumPy suggests to unpickle it
+        if not file.read(6).startswith((NUMPY_MAGIC, ZIP_MAGIC)):  # else NumPy suggests to unpickle it
             raise ValueError("it is no file of np.save or np.savez")
     # Mapped, not read: the file must be as large as its header claims before memory is taken.
     loaded = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -36,8 +36,8 @@ RELEASE = hub.Wanted(
     files=f"{CONFIG}, {WEIGHTS}, ae_encoder.safetensors and ae_decoder.safetensors",
     option="--model",
 )
+SECTIONS = ("dit", "depth", "schedule", "use")  # of a config.json; the rest are plain values
 # The official releases carry no sizes, only a name; the sizes are those of their tensors.
-SECTIONS = ("dit", "depth", "schedule", "use")
 VARIANTS = {
     "flux_rgbd_9b_v1": DiTConfig(cross_stream_timestep_mixing=False),
     "flux_rgbd_9b_v2": DiTConfig(),

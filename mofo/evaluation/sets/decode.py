@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
+from mofo.data.inputs import NUMPY_MAGIC, ZIP_MAGIC
 from mofo.data.sample import open_image
 
 SINTEL_TAG = 202021.25  # the first number of every .dpt, which shows that the bytes stand right
-NUMPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\3\4"
 
 Depth = Float32[np.ndarray, "h w"]
 

@@ -118,8 +118,8 @@ def _depth_file(path: Path) -> np.ndarray:
 
 
 def _numpy_depth(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        if not file.read(6).startswith((NUMPY_MAGIC, ZIP_MAGIC)):  # else NumPy suggests to unpickle it
+    with path.open("rb") as file:  # of anything else NumPy would say to unpickle it
+        if not file.read(6).startswith((NUMPY_MAGIC, ZIP_MAGIC)):
             raise ValueError("it is no file of np.save or np.savez")
     # Mapped, not read: the file must be as large as its header claims before memory is taken.
     loaded = np.load(path, mmap_mode="r", allow_pickle=False)
